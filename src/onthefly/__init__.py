@@ -1,0 +1,1 @@
+"""OnTheFly: git and a debugger for PyTorch training runs."""
