@@ -1,0 +1,514 @@
+"""The loader's position: iterating a user's loader so that any batch of any epoch can be gone back to.
+
+An epoch is replayed, not stored: the random state at its start is kept, and a resume sets that state, builds the
+iterator with the first *n* batches skipped before any sample of them is loaded, then sets the random state of the
+saved moment. That holds for every sampler, with a generator of its own or not.
+
+With loader workers, PyTorch's augmentation depends on which worker drew what before. Here indices carry
+their position in the epoch, and a worker seeds Python, NumPy and torch from (epoch seed, position) before each
+sample and again before collating, so that a sample's augmentation depends on nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from onthefly.errors import StateMismatchError, UnsupportedLoaderError
+from onthefly.state import rng
+
+_HUGE_EPOCH = 20_000_000  # samples; beyond it the epoch's order is drawn as it is needed, to save memory
+
+
+class ExactLoader:
+    """Iterates a loader, epoch by epoch, with a position that can be saved and put back.
+
+    A `DataLoader` is rebuilt from every argument that it was made with, and the rebuilt one is iterated. A loader
+    with its own ``state_dict`` and ``load_state_dict`` is asked for its position instead. Any other iterable is
+    put back by drawing and dropping the batches that were handed out before.
+
+    Iterating it gives the rest of the current epoch. `epoch` and `batch` (batches handed out in this epoch) are its
+    position; `inexact` lists what keeps this loader from being put back exactly, in words for its user.
+
+    Raises `UnsupportedLoaderError` for a `DataLoader` subclass with an ``__iter__`` of its own and no state.
+    """
+
+    def __init__(self, loader: Iterable[Any], *, exact_augmentation: bool = True) -> None:
+        self.epoch = 0
+        self.batch = 0
+        self._source = loader
+        self._exact_augmentation = exact_augmentation
+        self._has_state = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        self._workers: int = getattr(loader, "num_workers", 0)
+        self._built: DataLoader[Any] | None = None
+        self._order: _Order | None = None
+        self._iterator: Iterator[Any] | None = None
+        self._ended = False
+        self._started = False  # whether any epoch of this trajectory has begun
+        self._start: dict[str, Any] | None = None  # random states at the start of the epoch under way
+        self._resume: dict[str, Any] | None = None  # a loaded position that no iterator was built for yet
+        self._generators = rng.find_generators(_places_of_generators(loader))
+        if isinstance(loader, DataLoader) and not self._has_state:
+            _refuse_custom_iteration(loader)
+        self.inexact: list[str] = list(self._reasons())
+
+    # -- iteration ---------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Any]:
+        while (batch := self.next()) is not _END:
+            yield batch
+        self.end_epoch()
+
+    def next(self) -> Any:
+        """The next batch of this epoch, or `END` when there is none left."""
+        if self._iterator is None and not self._ended:
+            self.begin()
+        if self._ended:
+            return _END
+        assert self._iterator is not None
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            self._ended = True
+            return _END
+        self.batch += 1
+        return batch
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it is certain that this epoch has no batch left. Asking loads nothing."""
+        if self._ended:
+            return True
+        if self._order is not None and self._order.length is not None:
+            return self.batch >= self._order.length
+        return (
+            self._order is None
+            and self._iterator is not None
+            and self.batch >= (_length(self._source) or self.batch + 1)
+        )
+
+    def begin(self) -> None:
+        """Build the iterator of the current epoch, at the current position. Idempotent.
+
+        The process-wide random state is left as a plain loop's ``iter(loader)`` leaves it at the start of an epoch,
+        and untouched when a loaded position is gone back to.
+        """
+        if self._iterator is not None or self._ended:
+            return
+        if self._resume is not None:
+            resume, self._resume = self._resume, None
+            self._replay(resume)
+        else:
+            self._begin_epoch()
+
+    def end_epoch(self) -> None:
+        """Leave this epoch, complete or not, for the start of the next."""
+        self._iterator = None
+        self._resume = None
+        self._start = None
+        self._ended = False
+        self.epoch += 1
+        self.batch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell a sampler that wants to know (such as `DistributedSampler`) which epoch comes."""
+        for sampler in _samplers(self._source):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+
+    def close(self) -> None:
+        """Let go of the iterator and its worker processes."""
+        self._iterator = None
+        self._order = None
+        if self._built is not None:
+            self._built._iterator = None
+            self._built = None
+
+    # -- position ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what is needed to go back to it."""
+        if self._resume is not None:
+            return self._resume
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "started": self._started,
+            "num_workers": self._workers,
+            "exact_augmentation": self._exact_augmentation,
+            "start": self._start,
+            "generators": self._generator_states(),
+            "own": self._source.state_dict() if self._has_state else None,  # type: ignore[attr-defined]
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a stored position; its iterator is built when it is first needed.
+
+        Raises `StateMismatchError`, before anything changes, for a loader with other generators, or
+        one whose order is drawn as it goes with another number of workers.
+        """
+        missing = set(state["generators"]) ^ set(self._generators)
+        if missing:
+            raise StateMismatchError(
+                f"loader: these random generators are not on both sides: {', '.join(sorted(missing))}"
+            )
+        if (state["own"] is not None) != self._has_state:
+            raise StateMismatchError("loader: one of the two loaders has a state_dict of its own, the other has not")
+        if self._draws_as_it_goes() and state["num_workers"] != self._workers:
+            raise StateMismatchError(
+                f"loader: its order is drawn as it goes, so num_workers must stay {state['num_workers']}, not {self._workers}"
+            )
+        self.close()
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self._started = state["started"]
+        self._exact_augmentation = state["exact_augmentation"]  # a trajectory keeps the mode it began with
+        self._start = state["start"]
+        self._ended = False
+        if self._has_state:
+            self._source.load_state_dict(state["own"])  # type: ignore[attr-defined]
+        self._resume = dict(state) if state["start"] is not None else None
+        if self._resume is None:
+            self._set_generator_states(state["generators"])
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _begin_epoch(self) -> None:
+        self._warm_up()
+        self._start = {
+            "rng": rng.capture(),
+            "generators": self._generator_states(),
+            "sampler_epoch": _sampler_epoch(self._source),
+        }
+        self._iterator = self._make_iterator(skip=0)
+        self._started = True
+
+    def _replay(self, resume: dict[str, Any]) -> None:
+        now = rng.capture()
+        self._warm_up()
+        start = resume["start"]
+        rng.restore(start["rng"])
+        self._set_generator_states(start["generators"])
+        if start["sampler_epoch"] is not None:
+            self.set_epoch(start["sampler_epoch"])
+        self._iterator = self._make_iterator(skip=self.batch)
+        if self._order is not None:
+            self._order.prime()
+        elif not self._has_state:
+            for _ in range(self.batch):
+                if next(self._iterator, _END) is _END:
+                    raise StateMismatchError(
+                        f"loader: it ended before batch {self.batch}, which was handed out when this was saved"
+                    )
+        self._set_generator_states(resume["generators"])
+        rng.restore(now)
+
+    def _warm_up(self) -> None:
+        """Start persistent workers that had started by now in the trajectory.
+
+        They draw their seed at their very first epoch only, so a later epoch that is entered by a new process must not
+        find them unborn: the draw would shift every random number after it.
+        """
+        if not (self._started and getattr(self._source, "persistent_workers", False)) or self._has_state:
+            return
+        loader = self._loader()
+        if loader._iterator is not None:
+            return
+        with rng.preserved():
+            states = self._generator_states()
+            if self._order is not None:
+                self._order.plan(skip=0, seed=None, empty=True)
+                for _ in iter(loader):
+                    raise AssertionError("an empty epoch gave a batch")
+            else:
+                iter(loader)
+            self._set_generator_states(states)
+
+    def _make_iterator(self, skip: int) -> Iterator[Any]:
+        if not isinstance(self._source, DataLoader) or self._has_state:
+            return iter(self._source)
+        loader = self._loader()
+        if self._order is not None:
+            self._order.plan(skip=skip, seed=self._epoch_seed() if self._seeds_samples() else None)
+        return iter(loader)
+
+    def _seeds_samples(self) -> bool:
+        return self._exact_augmentation and self._workers > 0 and not _is_iterable_style(self._source)
+
+    def _epoch_seed(self) -> int:
+        """A seed for this epoch's samples, from the random state at its start; nothing is drawn for it."""
+        assert self._start is not None
+        state = hashlib.blake2b(self._start["rng"]["torch"].numpy().tobytes(), digest_size=8)
+        state.update(self.epoch.to_bytes(8, "little"))
+        return int.from_bytes(state.digest(), "little")
+
+    def _loader(self) -> DataLoader[Any]:
+        if self._built is None:
+            assert isinstance(self._source, DataLoader)
+            self._built, self._order = _rebuild(self._source, seeded=self._seeds_samples())
+        return self._built
+
+    def _draws_as_it_goes(self) -> bool:
+        if not isinstance(self._source, DataLoader) or self._has_state or _is_iterable_style(self._source):
+            return False
+        return _draws_as_it_goes(_index_source(self._source), self._source.batch_size or 1)
+
+    def _generator_states(self) -> dict[str, Any]:
+        return {path: rng.generator_state(generator) for path, generator in self._generators.items()}
+
+    def _set_generator_states(self, states: Mapping[str, Any]) -> None:
+        for path, state in states.items():
+            rng.set_generator_state(self._generators[path], state)
+
+    def _reasons(self) -> Iterator[str]:
+        loader = self._source
+        if self._has_state:
+            return
+        if not isinstance(loader, DataLoader):
+            if not isinstance(loader, list | tuple):
+                yield f"the train loader is a {type(loader).__name__} without state_dict: a resume draws and drops its first batches"
+            return
+        if _is_iterable_style(loader):
+            yield "the data set is an IterableDataset without state_dict: a resume draws and drops its first batches"
+        if self._workers == 0:
+            return
+        if not getattr(loader, "in_order", True):
+            yield "the loader hands batches out of order (in_order=False): their order cannot be repeated"
+        if not self._exact_augmentation:
+            yield "exact_augmentation is off: random augmentation in loader workers is not repeated by a resume"
+        for path in self._generators:
+            if path.startswith(("dataset", "collate_fn")):
+                yield f"{path} is a random generator of its own, copied into each worker: its numbers cannot be repeated"
+
+
+class _End:
+    """The type of `END`."""
+
+
+_END = END = _End()
+"""What `ExactLoader.next` gives when the epoch has no batch left."""
+
+
+@dataclass(frozen=True, slots=True)
+class _SeededBatch:
+    """Indices on their way to a worker, with what seeds their augmentation."""
+
+    seed: int
+    start: int  # position in the epoch of the first index
+    indices: Any  # a list of indices, or one index where the loader does not batch
+
+
+class _Order:
+    """Stands where the sampler stood: hands out the same indices, some skipped, each knowing its position."""
+
+    def __init__(self, source: Iterable[Any], *, batched: bool, as_it_goes: bool) -> None:
+        self.length: int | None = None
+        self._source = source
+        self._batched = batched
+        self._as_it_goes = as_it_goes
+        self._skip = 0
+        self._seed: int | None = None
+        self._empty = False
+        self._latest: _Draws | None = None
+
+    def plan(self, *, skip: int, seed: int | None, empty: bool = False) -> None:
+        """Say what the next iterator does: drop so many, seed from that, or give nothing at all."""
+        self._skip, self._seed, self._empty = skip, seed, empty
+        self.length = None
+
+    def prime(self) -> None:
+        """Draw the order now. Without workers PyTorch would ask for it only with the next batch."""
+        assert self._latest is not None
+        self._latest.prime()
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._empty:
+            return iter(())
+        # A sampler whose __iter__ draws at once must be asked as often as PyTorch asks (twice, with
+        # workers), one that draws lazily must not be started: so iter() here, next() later.
+        self._latest = _Draws(self, iter(self._source), self._skip, self._seed)
+        return self._latest
+
+    def __len__(self) -> int:
+        return len(self._source)  # type: ignore[arg-type]
+
+
+class _Draws:
+    """One epoch's indices."""
+
+    def __init__(self, order: _Order, source: Iterator[Any], skip: int, seed: int | None) -> None:
+        self._order = order
+        self._source = source
+        self._skip = skip
+        self._seed = seed
+        self._position = 0
+        self._primed = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def prime(self) -> None:
+        if self._primed:
+            return
+        self._primed = True
+        if not self._order._as_it_goes:
+            # Drawn whole: a sampler that draws from a global generator as it goes would otherwise see numbers
+            # in between that depend on how far the workers run ahead.
+            drawn = list(self._source)
+            self._order.length = len(drawn)
+            self._source = iter(drawn)
+        for _ in range(self._skip):
+            item: Any = next(self._source, _END)
+            if item is _END:
+                raise StateMismatchError(
+                    f"loader: it has fewer batches than the {self._skip} handed out when this was saved"
+                )
+            self._position += len(item) if self._order._batched else 1
+
+    def __next__(self) -> Any:
+        self.prime()
+        indices = next(self._source)
+        if self._order._batched:
+            indices = list(indices)
+        if self._seed is None:
+            return indices
+        batch = _SeededBatch(self._seed, self._position, indices)
+        self._position += len(indices) if self._order._batched else 1
+        return batch
+
+
+class _SeededDataset:
+    """Stands where the data set stood, in a worker: seeds every generator before each sample."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset" or name.startswith("__"):  # not set yet, while being unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)  # a user's worker_init_fn may look at its data set
+
+    def __getitem__(self, batch: _SeededBatch) -> Any:
+        _seed_everything(batch.seed, batch.start)
+        sample = self.dataset[batch.indices]
+        _seed_everything(~batch.seed, batch.start)  # for what collates it
+        return sample
+
+    def __getitems__(self, batch: _SeededBatch) -> Any:
+        if getattr(self.dataset, "__getitems__", None):
+            _seed_everything(batch.seed, batch.start)
+            samples = self.dataset.__getitems__(batch.indices)
+        else:
+            samples = []
+            for position, index in enumerate(batch.indices, batch.start):
+                _seed_everything(batch.seed, position)
+                samples.append(self.dataset[index])
+        _seed_everything(~batch.seed, batch.start)
+        return samples
+
+
+class _WorkerStart:
+    """What a worker runs first. It holds nothing of the session."""
+
+    def __init__(self, users: Callable[[int], None] | None) -> None:
+        self._users = users
+
+    def __call__(self, worker: int) -> None:
+        # Ctrl-C goes to the whole process group; the trainer finishes its step and still needs its workers.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self._users is not None:
+            self._users(worker)
+
+
+def _seed_everything(seed: int, position: int) -> None:
+    mixed = (seed + (position + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF  # splitmix64
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    mixed ^= mixed >> 31
+    random.seed(mixed)
+    np.random.seed(mixed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(mixed)  # torch.manual_seed would visit every accelerator: 100 times slower
+
+
+def _rebuild(loader: DataLoader[Any], *, seeded: bool) -> tuple[DataLoader[Any], _Order | None]:
+    workers = loader.num_workers
+    arguments: dict[str, Any] = {
+        "num_workers": workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": _WorkerStart(loader.worker_init_fn) if workers else loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "generator": loader.generator,
+        "prefetch_factor": loader.prefetch_factor,
+        "persistent_workers": loader.persistent_workers,
+        "pin_memory_device": loader.pin_memory_device,
+        "in_order": loader.in_order,
+    }
+    if _is_iterable_style(loader):
+        shape: dict[str, Any] = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        return DataLoader(loader.dataset, **shape, **arguments), None
+    batched = loader.batch_sampler is not None
+    source = _index_source(loader)
+    order = _Order(source, batched=batched, as_it_goes=_draws_as_it_goes(source, loader.batch_size or 1))
+    place: dict[str, Any] = {"batch_sampler": order} if batched else {"sampler": order, "batch_size": None}
+    dataset: Any = _SeededDataset(loader.dataset) if seeded else loader.dataset
+    return DataLoader(dataset, **place, **arguments), order
+
+
+def _index_source(loader: DataLoader[Any]) -> Iterable[Any]:
+    return loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+
+
+def _draws_as_it_goes(source: Iterable[Any], batch_size: int) -> bool:
+    length = _length(source)
+    return length is None or length * batch_size > _HUGE_EPOCH
+
+
+def _length(source: Any) -> int | None:
+    try:
+        return len(source)
+    except TypeError:
+        return None
+
+
+def _is_iterable_style(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
+
+
+def _samplers(loader: Any) -> list[Any]:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    candidates = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    return list({id(c): c for c in candidates if c is not None}.values())
+
+
+def _sampler_epoch(loader: Any) -> int | None:
+    for sampler in _samplers(loader):
+        if hasattr(sampler, "set_epoch") and isinstance(getattr(sampler, "epoch", None), int):
+            return int(sampler.epoch)
+    return None
+
+
+def _places_of_generators(loader: Any) -> dict[str, Any]:
+    if not isinstance(loader, DataLoader):
+        return {"loader": loader}
+    names = ("generator", "sampler", "batch_sampler", "dataset", "collate_fn")
+    return {name: getattr(loader, name) for name in names}
+
+
+def _refuse_custom_iteration(loader: DataLoader[Any]) -> None:
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise UnsupportedLoaderError(
+            f"{type(loader).__name__} iterates in a way of its own, so its batches cannot be repeated: "
+            "give it state_dict and load_state_dict, or pass a plain torch.utils.data.DataLoader"
+        )
