@@ -181,19 +181,22 @@ class ExactLoader:
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _begin_epoch(self) -> None:
-        self._warm_up()
+        if self._started:
+            self._warm_up()
         self._start = {
             "rng": rng.capture(),
             "generators": self._generator_states(),
             "sampler_epoch": _sampler_epoch(self._source),
+            "first": not self._started,
         }
         self._iterator = self._make_iterator(skip=0)
         self._started = True
 
     def _replay(self, resume: dict[str, Any]) -> None:
         now = rng.capture()
-        self._warm_up()
         start = resume["start"]
+        if not start["first"]:
+            self._warm_up()
         rng.restore(start["rng"])
         self._set_generator_states(start["generators"])
         if start["sampler_epoch"] is not None:
@@ -216,7 +219,7 @@ class ExactLoader:
         They draw their seed at their very first epoch only, so a later epoch that is entered by a new process must not
         find them unborn: the draw would shift every random number after it.
         """
-        if not (self._started and getattr(self._source, "persistent_workers", False)) or self._has_state:
+        if not getattr(self._source, "persistent_workers", False) or self._has_state:
             return
         loader = self._loader()
         if loader._iterator is not None:

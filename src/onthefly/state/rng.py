@@ -28,11 +28,11 @@ def capture() -> dict[str, Any]:
         "torch": torch.default_generator.get_state(),
     }
     # An accelerator that was never used has no generator yet; asking for it would initialise the device.
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
-    if torch.xpu.is_available() and torch.xpu.is_initialized():
+    if torch.xpu.is_available() and torch.xpu.is_initialized():  # type: ignore[no-untyped-call]
         state["xpu"] = torch.xpu.get_rng_state_all()
     return state
 
@@ -90,7 +90,7 @@ def find_generators(roots: Mapping[str, Any]) -> dict[str, Generator]:
     through at most 4,096 objects. It runs no code of the objects (no properties, no ``__getattr__``).
     """
     found: dict[str, Generator] = {}
-    seen: set[int] = {id(np.random.mtrand._rand), id(random._inst), id(torch.default_generator)}  # type: ignore[attr-defined]
+    seen = {id(np.random.mtrand._rand), id(random._inst), id(torch.default_generator)}
     queue = deque(roots.items())
     visited = 0
     while queue and visited < _WALK_OBJECTS:
