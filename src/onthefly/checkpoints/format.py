@@ -4,21 +4,25 @@
     header     JSON: __metadata__ first, then every tensor in the order of its data; padded with spaces
     data       at a multiple of 4096: tensors by item size (largest first), then name, without gaps
 
-``__metadata__`` holds ``blake3``, the hash of the whole file with those 64 digits as zeros, and ``onthefly``, the
-rest of the state as JSON (see `onthefly.state.tree`). Equal state gives equal bytes. Nothing in a file is ever executed.
+``__metadata__`` holds ``blake3``, the hash of the whole file with those 64 digits as zeros, and ``onthefly``, JSON of the
+format's version and the rest of the state (see `onthefly.state.tree`). Equal state gives equal bytes. Nothing in a
+file is ever executed.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import mmap
 import os
+import stat
+import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +30,36 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from onthefly.errors import CheckpointNotFoundError, CheckpointWriteError, CorruptCheckpointError, UnsupportedValueError
+from onthefly.checkpoints.durable import remove_stray, replace_durably, replacing, sync_folder, write_all
+from onthefly.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, UnsupportedValueError
 
+__all__ = [
+    "ALIGNMENT",
+    "FORMAT_VERSION",
+    "MAX_HEADER",
+    "CheckpointFile",
+    "Written",
+    "digest",
+    "open_checkpoint",
+    "recorded_hash",
+    "remove_stray",
+    "replace_durably",
+    "sync_folder",
+    "write",
+]
+
+FORMAT_VERSION = 1
 ALIGNMENT = 4096
-MAX_HEADER = 100 * 2**20  # the limit of the safetensors library
+MAX_HEADER = 100_000_000  # the limit of the safetensors library
 _CHUNK = 16 * 2**20  # O_DIRECT is ten times slower in chunks of 1 MiB
 _READ = 64 * 2**20
 _MADV_POPULATE_READ = 22
 _PREFIX = '{"__metadata__":{"blake3":"'
 _DIGITS = slice(8 + len(_PREFIX), 8 + len(_PREFIX) + 64)
 _ZEROS = "0" * 64
-_O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
+_O_DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux only
+# Without it Linux refuses to map a file that is larger than the memory. Python names it since 3.13.
+_NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -84,21 +107,10 @@ def write(path: str | os.PathLike[str], tree: Any, tensors: Mapping[str, torch.T
     Raises `CheckpointWriteError` (disk full, permission, I/O), leaving no partial file and the older one untouched, and
     `UnsupportedValueError`, before anything is written, for a dtype that has no place in the format.
     """
-    target = Path(path)
     layout = _Layout(tree, tensors)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            digest = _write_durably(temporary, layout)
-            os.replace(temporary, target)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
-            raise
-        sync_folder(target.parent)
-    except OSError as e:
-        raise CheckpointWriteError(e.errno, f"cannot save the checkpoint: {e.strerror or e}", str(target)) from e
-    return Written(digest, layout.size)
+    with replacing(Path(path)) as handle:
+        found = _write_hashing(_File(handle, layout.size), layout)
+    return Written(found, layout.size)
 
 
 def digest(tree: Any, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -114,23 +126,18 @@ def open_checkpoint(path: str | os.PathLike[str], *, verify: str = "full") -> Ch
     """Open a checkpoint after checking it.
 
     The header is checked whole before anything is built from it, and with ``verify="full"`` every byte against the
-    hash; ``verify="header"`` trusts the data. Raises `CheckpointNotFoundError`, or `CorruptCheckpointError`, which says
-    what is wrong with which file.
+    hash; ``verify="header"`` trusts the data. Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, which says what is
+    wrong with which file, or plain `CheckpointError` for a file that cannot be read at all.
     """
     if verify not in ("full", "header"):
         raise ValueError(f"verify is 'full' or 'header', not {verify!r}")
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise CorruptCheckpointError(f"{path}: {size} bytes are not a checkpoint")
-            # Copy on write: views may be written to, and the file never changes by it.
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except FileNotFoundError as e:
-        raise CheckpointNotFoundError(e.errno, "there is no such checkpoint", str(path)) from e
-    except IsADirectoryError as e:
-        raise CorruptCheckpointError(f"{path}: is a folder, not a checkpoint") from e
+    with _opened(path) as file:
+        size = os.fstat(file).st_size
+        if size < 8:
+            raise CorruptCheckpointError(f"{path}: {size} bytes are not a checkpoint")
+        # Copy on write: views may be written to, and the file never changes by it.
+        data = mmap.mmap(file, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     try:
         header, start = _read_header(data, size)
         tree, recorded = _read_metadata(header, data)
@@ -143,24 +150,15 @@ def open_checkpoint(path: str | os.PathLike[str], *, verify: str = "full") -> Ch
     return CheckpointFile(path, recorded, size, tree, tensors)
 
 
-def remove_stray(folder: Path) -> list[Path]:
-    """Delete unfinished files in a folder that processes left which are no longer there. Returns them."""
-    removed = []
-    for temporary in folder.glob(".*.tmp"):
-        pid = temporary.name.split(".")[-2]
-        if pid.isdecimal() and not _is_running(int(pid)):
-            temporary.unlink(missing_ok=True)
-            removed.append(temporary)
-    return removed
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def recorded_hash(path: str | os.PathLike[str]) -> str:
+    """The hash that a checkpoint says it has; only its first bytes are read. Raises as `open_checkpoint` does."""
+    path = Path(path)
+    with _opened(path) as file:
+        start = os.pread(file, _DIGITS.stop, 0)
+    digits = start[_DIGITS]
+    if start[8 : _DIGITS.start] != _PREFIX.encode() or len(digits) != 64 or digits.strip(b"0123456789abcdef"):
+        raise CorruptCheckpointError(f"{path}: its hash is not where it belongs")
+    return digits.decode()
 
 
 # -- writing ---------------------------------------------------------------------------------------------------
@@ -171,13 +169,14 @@ class _Layout:
 
     def __init__(self, tree: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
+            if name == "__metadata__":
+                raise UnsupportedValueError(f"a tensor cannot be named {name}: safetensors keeps the name for itself")
             if tensor.dtype not in _CODES:
                 raise UnsupportedValueError(f"{name}: the dtype {tensor.dtype} has no place in a safetensors file")
         order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
         self._tensors = [tensors[name] for name in order]
-        entries: dict[str, Any] = {
-            "__metadata__": {"blake3": _ZEROS, "onthefly": json.dumps(tree, separators=(",", ":"), allow_nan=False)}
-        }
+        state = json.dumps({"format": FORMAT_VERSION, "state": tree}, separators=(",", ":"), allow_nan=False)
+        entries: dict[str, Any] = {"__metadata__": {"blake3": _ZEROS, "onthefly": state}}
         offset = 0
         for name, tensor in zip(order, self._tensors, strict=True):
             end = offset + tensor.numel() * tensor.element_size()
@@ -241,96 +240,112 @@ class _Buffers:
                 task.result()
 
 
-def _write_durably(path: Path, layout: _Layout) -> str:
-    with _File(path, layout.size) as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as writing:
+class _Aside:
+    """Runs calls in a thread of their own, one after the other; in the caller's where no thread can be started any more.
+
+    That is so while the interpreter shuts down, and a checkpoint may well be saved then (`atexit`).
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> _Aside:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def run(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        if self._pool is not None:
+            try:
+                return self._pool.submit(call, *arguments)
+            except RuntimeError:
+                self._pool.shutdown(cancel_futures=True)  # the call may be queued already
+                self._pool = None
+        done: Future[Any] = Future()
+        done.set_result(call(*arguments))
+        return done
+
+
+def _write_hashing(file: _File, layout: _Layout) -> str:
+    with _Aside() as hashing, _Aside() as writing:
         hasher = blake3(layout.header)
         buffers = _Buffers()
         offset = len(layout.header)
         for buffer, used in layout.chunks(buffers):
             view = memoryview(buffer)[:used]
-            buffers.occupy(
-                buffer, hashing.submit(hasher.update, view), writing.submit(file.write, buffer, used, offset)
-            )
+            buffers.occupy(buffer, hashing.run(hasher.update, view), writing.run(file.write, buffer, used, offset))
             offset += used
         buffers.drain()
-        found = str(hasher.hexdigest())
-        # The first block comes last: until then the file cannot be taken for a checkpoint.
-        file.finish(layout.header[: _DIGITS.start] + found.encode() + layout.header[_DIGITS.stop :])
+    found = str(hasher.hexdigest())
+    # The first block comes last: until then the file cannot be taken for a checkpoint.
+    file.finish(layout.header[: _DIGITS.start] + found.encode() + layout.header[_DIGITS.stop :])
     return found
 
 
 class _File:
-    """A new file, written around the page cache where the file system allows it."""
+    """A new file of known size, written around the page cache where the file system allows it."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, handle: int, size: int) -> None:
+        self._handle = handle
         self._size = size
-        self._path = path
-        self._handle = -1
         self._direct = False
-
-    def __enter__(self) -> _File:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        try:
-            self._handle = os.open(self._path, flags | _O_DIRECT, 0o644)
-            self._direct = _O_DIRECT != 0
-        except OSError as e:
-            if e.errno != errno.EINVAL:
-                raise
-            self._handle = os.open(self._path, flags, 0o644)
+        if _O_DIRECT:
+            with suppress(OSError):  # tmpfs, for one
+                self._set_direct(True)
         if hasattr(os, "posix_fallocate"):
             try:
-                os.posix_fallocate(self._handle, 0, self._size)
+                os.posix_fallocate(handle, 0, size)
             except OSError as e:
                 if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                    os.close(self._handle)
                     raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._handle)
 
     def write(self, buffer: mmap.mmap, used: int, offset: int) -> None:
         if self._direct:
             whole = -(-used // ALIGNMENT) * ALIGNMENT  # the last block's tail is cut off in `finish`
             try:
-                self._write_all(memoryview(buffer)[:whole], offset)
+                write_all(self._handle, memoryview(buffer)[:whole], offset)
                 return
             except OSError as e:
                 if e.errno != errno.EINVAL:
                     raise
-            self._stop_direct()
-        self._write_all(memoryview(buffer)[:used], offset)
+            self._set_direct(False)
+        write_all(self._handle, memoryview(buffer)[:used], offset)
 
     def finish(self, header: bytes) -> None:
         if self._direct:
-            self._stop_direct()
-        self._write_all(memoryview(header), 0)
+            self._set_direct(False)
+        write_all(self._handle, memoryview(header), 0)
         os.ftruncate(self._handle, self._size)
-        os.fsync(self._handle)
 
-    def _stop_direct(self) -> None:
-        import fcntl
-
-        fcntl.fcntl(self._handle, fcntl.F_SETFL, fcntl.fcntl(self._handle, fcntl.F_GETFL) & ~_O_DIRECT)
-        self._direct = False
-
-    def _write_all(self, data: memoryview, offset: int) -> None:
-        while data:
-            written = os.pwrite(self._handle, data, offset)
-            data, offset = data[written:], offset + written
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    def _set_direct(self, wanted: bool) -> None:
+        flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
+        fcntl.fcntl(self._handle, fcntl.F_SETFL, flags | _O_DIRECT if wanted else flags & ~_O_DIRECT)
+        self._direct = wanted
 
 
 # -- reading ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a pipe would be waited for
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise CheckpointNotFoundError(e.errno, "there is no such checkpoint", str(path)) from e
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read: {e.strerror or e}") from e
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise CorruptCheckpointError(f"{path}: is not a file, so not a checkpoint")
+        yield file
+    except OSError as e:
+        if isinstance(e, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: cannot be read: {e.strerror or e}") from e
+    finally:
+        os.close(file)
 
 
 def _read_header(data: mmap.mmap, size: int) -> tuple[dict[str, Any], int]:
@@ -345,6 +360,8 @@ def _read_header(data: mmap.mmap, size: int) -> tuple[dict[str, Any], int]:
         raise CorruptCheckpointError(f"its header is not JSON ({e}): not a checkpoint, or damaged") from None
     if not isinstance(header, dict):
         raise CorruptCheckpointError("its header is not a JSON object")
+    if (8 + length) % ALIGNMENT:
+        raise CorruptCheckpointError(f"its data does not begin at a multiple of {ALIGNMENT}")
     return header, 8 + length
 
 
@@ -363,9 +380,13 @@ def _read_metadata(header: dict[str, Any], data: mmap.mmap) -> tuple[Any, str]:
     if not isinstance(recorded, str) or data[: _DIGITS.stop][8:] != (_PREFIX + recorded).encode("utf-8", "replace"):
         raise CorruptCheckpointError("its hash is not where it belongs")
     try:
-        return json.loads(metadata["onthefly"], object_pairs_hook=_no_duplicates), recorded
+        state = json.loads(metadata["onthefly"], object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as e:
         raise CorruptCheckpointError(f"its state is not JSON ({e})") from None
+    if not isinstance(state, dict) or state.keys() != {"format", "state"} or state["format"] != FORMAT_VERSION:
+        version = state.get("format") if isinstance(state, dict) else None
+        raise CorruptCheckpointError(f"its format is {version!r}; this version of OnTheFly reads {FORMAT_VERSION}")
+    return state["state"], recorded
 
 
 def _check_layout(header: dict[str, Any], available: int) -> Iterator[tuple[str, torch.dtype, list[int], int]]:
@@ -421,5 +442,8 @@ def _populate(data: mmap.mmap, begin: int, length: int) -> None:
 def _view(data: mmap.mmap, dtype: torch.dtype, shape: list[int], offset: int) -> torch.Tensor:
     count = math.prod(shape)
     if count == 0:
-        return torch.empty(shape, dtype=dtype)
+        try:
+            return torch.empty(shape, dtype=dtype)
+        except RuntimeError as e:  # zero elements, but strides beyond 64 bits
+            raise CorruptCheckpointError(f"a tensor cannot have the shape {shape}: {e}") from None
     return torch.frombuffer(data, dtype=dtype, count=count, offset=offset).view(shape)

@@ -1,0 +1,107 @@
+"""A file that is there whole, or not at all.
+
+It is written beside its place under a hidden name, made durable, and renamed. While that lasts its writer holds a lock on
+it, so that what a killed process left behind can be told from what is being written, by any process, in any container.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from onthefly.errors import CheckpointWriteError
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.onthefly\.tmp", re.DOTALL)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[int]:
+    """A handle to write a file with. When the block ends well the file stands at `target`, durable.
+
+    Otherwise nothing is left of it, and an older file at `target` is as it was. Raises `CheckpointWriteError` for any
+    `OSError`, also for one from inside the block.
+    """
+    try:
+        temporary, handle = _create(target)
+        try:
+            yield handle
+            os.fsync(handle)
+            os.replace(temporary, target)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+            raise
+        finally:
+            os.close(handle)
+        sync_folder(target.parent)
+    except CheckpointWriteError:
+        raise
+    except OSError as e:
+        raise CheckpointWriteError(e.errno, f"cannot write the checkpoint: {e.strerror or e}", str(target)) from e
+
+
+def replace_durably(target: Path, data: bytes) -> None:
+    """Put these bytes at `target`, whole or not at all. Raises `CheckpointWriteError`."""
+    with replacing(target) as handle:
+        write_all(handle, memoryview(data), 0)
+
+
+def write_all(handle: int, data: memoryview, offset: int) -> None:
+    """Write everything; one `os.pwrite` may stop short, at 2 GiB for one."""
+    while data:
+        written = os.pwrite(handle, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def remove_stray(folder: Path) -> list[Path]:
+    """Delete the unfinished files in a folder that nobody is writing any more. Returns them."""
+    removed = []
+    for name in sorted(os.listdir(folder)):
+        if _TEMPORARY.fullmatch(name) and _remove_unlocked(folder / name):
+            removed.append(folder / name)
+    return removed
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _create(target: Path) -> tuple[Path, int]:
+    while True:
+        path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.onthefly.tmp")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # `remove_stray` came between the two calls, and takes the file away
+            os.close(handle)
+            continue
+        except OSError:  # a file system without locks: `remove_stray` cannot lock there either, and leaves all alone
+            return path, handle
+        if os.fstat(handle).st_nlink:
+            return path, handle
+        os.close(handle)
+
+
+def _remove_unlocked(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:  # gone, or not ours
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except OSError:  # somebody is writing it, or it cannot be told
+        return False
+    finally:
+        os.close(handle)
+    return True

@@ -1,0 +1,400 @@
+"""The Python door: what can be seen of runs, and asked of live sessions, from any process.
+
+A client works on the store alone and needs no server. It loads no torch.
+
+    with onthefly.connect() as client:
+        client.pause()
+        client.set(lr="*0.1")
+        client.resume()
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
+
+from onthefly import errors
+from onthefly.errors import (
+    AmbiguousError,
+    CommandError,
+    CommandTimeoutError,
+    NoLiveSessionError,
+    OnTheFlyError,
+    ResumeError,
+    UnknownReferenceError,
+)
+from onthefly.runs import launch as launching
+from onthefly.runs import references
+from onthefly.store import queries
+from onthefly.store.store import Store
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from onthefly.store.queries import CheckpointRow, CommandRow, EventRow, RunRow, Series, SessionRow
+    from onthefly.verification import Plan, Verification
+
+Result = dict[str, Any]
+Choice = int | str | None
+"""A session: its id, the name of the run that it is on, or None when only one is alive."""
+
+_POLL = 0.02  # seconds between two looks for an answer
+_TIMEOUT = 30.0
+
+
+class Delivery(TypedDict, total=False):
+    """How a command is given; see `Client.command`."""
+
+    session: Choice
+    id: str
+    wait: bool
+    timeout: float
+
+
+@dataclass(frozen=True)
+class ResumeTarget:
+    """A run that stopped before its end, and how its last process was started."""
+
+    run: RunRow
+    session: SessionRow
+    launch: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Status:
+    """The store at a glance: live sessions, the last one that ended when none is alive, and runs that can be resumed."""
+
+    store: Path
+    live: list[SessionRow]
+    last: SessionRow | None
+    unfinished: list[RunRow]
+
+
+def connect(store: str | Path | None = None) -> Client:
+    """A client of a store: that folder, or `ONTHEFLY_STORE`, or `.onthefly` in the working directory.
+
+    Raises `StoreError` when there is none, or when it cannot be used.
+    """
+    return Client(Store.open(store))
+
+
+class Client:
+    """Looks at a store and commands its live sessions. Owns the store, and closes it; a context manager.
+
+    Sessions whose process died are found and recorded as killed when a client opens a store.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        store.recover(time.time())
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.store.close()
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    def sessions(self, *, alive: bool | None = None) -> list[SessionRow]:
+        """Sessions in the order in which they started; with `alive`, only those that live, or only those that do not."""
+        return list(queries.sessions(self.store, alive=alive))
+
+    def runs(self) -> list[RunRow]:
+        """Every run of the store."""
+        return list(queries.runs(self.store))
+
+    def run(self, name: str) -> RunRow:
+        """One run. Raises `UnknownReferenceError`, listing those there are."""
+        runs = self.runs()
+        for row in runs:
+            if row.name == name:
+                return row
+        there_are = references.listed(row.name for row in runs) or "none yet"
+        raise UnknownReferenceError(f"there is no run {name!r}; there are: {there_are}")
+
+    def checkpoints(self, run: str | None = None, *, evicted: bool = False) -> list[CheckpointRow]:
+        """Checkpoints, oldest first: of one run, or of all. `evicted` ones are gone but for their rows."""
+        return references.in_order(queries.checkpoints(self.store, run, evicted=evicted))
+
+    def events(
+        self,
+        run: str | None = None,
+        *,
+        after: tuple[int, int] | None = None,
+        kinds: Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> list[EventRow]:
+        """The history, oldest first; `after` a (session, seq), of some `kinds`, at most `limit`."""
+        return list(queries.events(self.store, run, after=after, kinds=kinds, limit=limit))
+
+    def metric_names(self, run: str) -> list[str]:
+        """What the run has logged."""
+        return list(queries.metric_names(self.store, run))
+
+    def series(self, run: str, name: str, *, generation: int | None = None, resolution: int = 1) -> Series:
+        """One metric of a run: as its line now stands, or as one generation recorded it."""
+        return queries.series(self.store, run, name, generation=generation, resolution=resolution)
+
+    def status(self) -> Status:
+        """The store at a glance."""
+        sessions = self.sessions()
+        live = [row for row in sessions if row.ended is None and self.store.is_alive(row)]
+        last = max((row for row in sessions if row not in live), key=lambda row: row.id, default=None)
+        return Status(self.store.root, live, None if live else last, self._unfinished(live))
+
+    def resolve(self, ref: str) -> CheckpointRow | Path:
+        """What a REF names: a checkpoint of the store, or the absolute path of a file that the store does not know.
+
+        Raises `UnknownReferenceError` or `AmbiguousError`, which list what there is.
+        """
+        reference = references.parse(ref)
+        rows = self.checkpoints(evicted=True)
+        if reference.path is None:
+            try:
+                return references.resolve(reference, self.runs(), rows, best_by=self._best_metric(reference))
+            except UnknownReferenceError:
+                if reference.at is not None or not Path(ref).is_file():
+                    raise
+        path = (reference.path or Path(ref)).resolve()
+        if not path.is_file():
+            raise UnknownReferenceError(f"there is no file {reference.path}")
+        known = [row for row in rows if row.path.name == path.name and row.path.resolve() == path]
+        return references.in_order(row for row in known if row.evicted is None)[-1] if known else path
+
+    # -- commanding --------------------------------------------------------------------------------------------
+
+    def session(self, which: Choice = None) -> SessionRow:
+        """The live session of that id or on that run; without either, the only one that lives.
+
+        Raises `NoLiveSessionError`, or `AmbiguousError`, which lists them.
+        """
+        live = self.sessions(alive=True)
+        chosen = [row for row in live if which is None or which in (row.id, row.run)]
+        if len(chosen) == 1:
+            return chosen[0]
+        if chosen:
+            names = references.listed(f"{row.id} ({row.run}, pid {row.pid})" for row in chosen)
+            raise AmbiguousError(f"several sessions are alive; choose one with --session ID or --run NAME: {names}")
+        if which is None:
+            resumable = self._unfinished(live)
+            hint = f"; `onthefly resume` goes on with {resumable[-1].name}" if resumable else ""
+            raise NoLiveSessionError(f"no session is alive in {self.store.root}{hint}")
+        what = f"session {which}" if isinstance(which, int) else f"session on the run {which!r}"
+        there_are = references.listed(f"{row.id} ({row.run})" for row in live) or "none"
+        raise NoLiveSessionError(f"no {what} is alive; alive: {there_are}")
+
+    def command(
+        self,
+        kind: str,
+        session: Choice = None,
+        *,
+        id: str | None = None,
+        wait: bool = True,
+        timeout: float = _TIMEOUT,
+        **arguments: Any,
+    ) -> Result:
+        """Give a live session a command, and wait for its answer.
+
+        A command that is given twice under one `id` is carried out once, and both get the one answer. `timeout` is in
+        seconds. Without `wait` the result is ``{"id", "status": "queued"}`` at once. Raises the error that the session
+        answered with; `InvalidCommandError` before anything is sent; `NoLiveSessionError` when the session is dead, or
+        dies before it answers; `CommandTimeoutError` when time is over: the command then stays queued.
+        """
+        from onthefly.control import commands  # pydantic takes a while to load, and looking does not need it
+
+        command = commands.build(kind, arguments)
+        target = self.session(session)
+        id = id or uuid.uuid4().hex
+        self.store.insert_command(target.id, id, kind, command.model_dump(), time.time())
+        if not wait:
+            return {"id": id, "status": "queued"}
+        row = self._answer(target, id, timeout)
+        if row is None:
+            raise CommandTimeoutError(
+                f"session {target.id} ({target.run}) has not answered {kind!r} within {timeout:g} s; it stays queued"
+            )
+        if row.status == "failed":
+            raise _error(row)
+        return dict(row.result or {})
+
+    def pause(self, *, save: bool = True, **how: Unpack[Delivery]) -> Result:
+        """Hold training at the next step boundary. See `command` for `how` and what is raised, here and below."""
+        return self.command("pause", save=save, **how)
+
+    def resume(self, **how: Unpack[Delivery]) -> Result:
+        """Let a paused session train on."""
+        return self.command("resume", **how)
+
+    def save(self, path: str | Path | None = None, *, pin: bool = False, **how: Unpack[Delivery]) -> Result:
+        """Save a checkpoint: into the store, or to a file. A pinned one is never evicted."""
+        return self.command("saveCheckpoint", path=None if path is None else str(Path(path).absolute()), pin=pin, **how)
+
+    def load(self, ref: str, **how: Unpack[Delivery]) -> Result:
+        """Put the state of the checkpoint that a REF names back into the live session."""
+        found = self.resolve(ref)
+        if isinstance(found, Path):
+            return self.command("loadCheckpoint", path=str(found), **how)
+        return self.command("loadCheckpoint", path=str(found.path), hash=found.hash, **how)
+
+    def set(
+        self,
+        values: Mapping[str, Any] | None = None,
+        /,
+        *,
+        hold: bool = False,
+        release: bool = False,
+        session: Choice = None,
+        wait: bool = True,
+        timeout: float = _TIMEOUT,
+        **named: Any,
+    ) -> Result:
+        """Change values from the next step on: ``set(lr=1e-4)``, ``set({"optimizer.0.lr": "*0.1"})``."""
+        return self.command(
+            "set",
+            session,
+            wait=wait,
+            timeout=timeout,
+            values={**(values or {}), **named},
+            hold=hold,
+            release=release,
+        )
+
+    def test(self, data: str = "test", *, save: bool = True, **how: Unpack[Delivery]) -> Result:
+        """Evaluate the model, on its `test` or its `val` data. Training is not affected."""
+        return self.command("testRun", data=data, save=save, **how)
+
+    def reset(self, **how: Unpack[Delivery]) -> Result:
+        """Go back to the state that the session began with."""
+        return self.command("resetSession", **how)
+
+    def stop(self, *, save: bool = True, **how: Unpack[Delivery]) -> Result:
+        """Finish the step, save, and end the process."""
+        return self.command("stop", save=save, **how)
+
+    # -- starting again ----------------------------------------------------------------------------------------
+
+    def resume_target(self, run: str | None = None) -> ResumeTarget:
+        """The unfinished run to resume: that one, or the only one.
+
+        Raises `ResumeError` when it is alive, finished, or has no command line that can be run again;
+        `UnknownReferenceError` for a run that is not there; `AmbiguousError`, listing them, when several are unfinished.
+        """
+        live = self.sessions(alive=True)
+        row = self._only_unfinished(live) if run is None else self.run(run)
+        if busy := [session for session in live if session.run == row.name]:
+            raise ResumeError(f"{row.name!r} is being trained now: session {busy[-1].id}, pid {busy[-1].pid}")
+        if row.status == "finished":
+            raise ResumeError(f"{row.name!r} is finished; there is nothing left to train")
+        sessions = [session for session in self.sessions() if session.run == row.name]
+        if not sessions:
+            raise ResumeError(f"no session of {row.name!r} is recorded, so how to start it is not known")
+        last = max(sessions, key=lambda session: session.id)
+        if last.launch is None:
+            raise ResumeError(
+                f"{row.name!r} was not started by a command line that can be run again (a notebook, or a script piped "
+                f"in); start it yourself with {launching.RESUME}={row.name} in its environment"
+            )
+        return ResumeTarget(row, last, last.launch)
+
+    def relaunch(self, target: ResumeTarget) -> NoReturn:
+        """Become the process that trains the run on. Raises `ResumeError` when what it was started from is gone."""
+        extra = {launching.RESUME: target.run.name, launching.STORE: str(self.store.root.absolute())}
+        self.close()
+        launching.relaunch(target.launch, extra)
+
+    # -- proving -----------------------------------------------------------------------------------------------
+
+    def plan(self, ref: str | None = None, to: str | None = None) -> Plan:
+        """What `verify` would train again."""
+        from onthefly import verification
+
+        start = self._recorded(ref) if ref is not None else self._newest()
+        end = self._recorded(to) if to is not None else None
+        return verification.plan(
+            start,
+            end,
+            checkpoints=self.checkpoints(start.run),
+            events=self.events(start.run, kinds=["command"]),
+            sessions={row.id: row for row in self.sessions()},
+        )
+
+    def verify(self, ref: str | None = None, to: str | None = None, *, timeout: float | None = None) -> Verification:
+        """Train a recorded stretch again in a fresh process, and compare it with what was recorded, bit by bit.
+
+        It starts at `ref` and ends at `to`, or at the next checkpoint of that run and generation; without `ref` it is the
+        newest such stretch of the store. `timeout` is in seconds. A difference is a result, not an error. Raises
+        `UnknownReferenceError`, `AmbiguousError`, `InvalidCommandError` for REFs between which no steps lie, and
+        `ResumeError` when the replay cannot start or does not come to its end.
+        """
+        from onthefly import verification
+
+        return verification.replay(self.plan(ref, to), timeout=timeout)
+
+    # -- parts -------------------------------------------------------------------------------------------------
+
+    def _answer(self, target: SessionRow, id: str, timeout: float) -> CommandRow | None:
+        """The command's row once it is done, or None when time is over."""
+        deadline = time.monotonic() + timeout
+        while True:
+            row = queries.command(self.store, id)
+            if row is not None and row.status != "queued":
+                return row
+            if not self.store.is_alive(target):
+                self.store.recover(time.time())  # it may have answered with its last breath
+                row = queries.command(self.store, id)
+                if row is not None and row.status != "queued":
+                    return row
+                raise NoLiveSessionError(f"session {target.id} ({target.run}) ended before it could answer")
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(_POLL)
+
+    def _unfinished(self, live: Iterable[SessionRow]) -> list[RunRow]:
+        busy = {row.run for row in live}
+        return [row for row in self.runs() if row.status == "unfinished" and row.name not in busy]
+
+    def _only_unfinished(self, live: Iterable[SessionRow]) -> RunRow:
+        rows = self._unfinished(live)
+        if not rows:
+            raise ResumeError(f"no unfinished run in {self.store.root}; there is nothing to resume")
+        if len(rows) > 1:
+            names = references.listed(row.name for row in rows)
+            raise AmbiguousError(f"several runs are unfinished; say which: onthefly resume RUN, one of {names}")
+        return rows[0]
+
+    def _best_metric(self, reference: references.Reference) -> str:
+        configs = [row.config for row in self.sessions() if row.run == reference.name]
+        return str(configs[-1].get("best_metric", "val_loss")) if configs else "val_loss"
+
+    def _recorded(self, ref: str) -> CheckpointRow:
+        found = self.resolve(ref)
+        if isinstance(found, Path):
+            raise UnknownReferenceError(f"{found} is not a recorded checkpoint of {self.store.root}")
+        return found
+
+    def _newest(self) -> CheckpointRow:
+        rows = self.checkpoints()
+        if not rows:
+            raise UnknownReferenceError(f"there is no checkpoint in {self.store.root} yet; `onthefly save` makes one")
+        return rows[-1]
+
+
+def _error(row: CommandRow) -> OnTheFlyError:
+    """The error that a session answered with, as its own class when it is one of ours."""
+    answer = row.error or {}
+    message = str(answer.get("message") or "the command failed")
+    kind = getattr(errors, str(answer.get("type")), None)
+    if isinstance(kind, type) and issubclass(kind, OnTheFlyError):
+        return kind(message)
+    return CommandError(f"{answer['type']}: {message}" if answer.get("type") else message)

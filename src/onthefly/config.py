@@ -1,0 +1,49 @@
+"""What a session can be told when it starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionConfig:
+    """Settings of a session. Every one has a default that is right for a first run.
+
+    Raises `ValueError` for a count or an interval that is not positive.
+    """
+
+    project: str = "default"
+    """Label that groups runs in a store."""
+    run: str | None = None
+    """Name of the run; a name that is taken gets a number. Default: `baseline`, `baseline2`, ..."""
+    store: PathLike | None = None
+    """Folder of the store. Default: `ONTHEFLY_STORE`, or `.onthefly` in the working directory."""
+    save_dir: PathLike | None = None
+    """Folder for checkpoints. Default: `checkpoints` in the store."""
+    ckpt_keep: int = 3
+    """How many of the newest checkpoints are kept, besides the origin, the best, and the pinned ones."""
+    ckpt_every_steps: int | None = None
+    """Save each time this many steps were done."""
+    ckpt_every_minutes: float | None = 5.0
+    """Save at the first step boundary after this many minutes without a save."""
+    ckpt_every_epoch: bool = True
+    """Save at the end of each epoch, after the code that follows the epoch's last batch."""
+    best_metric: str = "val_loss"
+    """The logged number whose lowest value marks the best checkpoint. It must be logged in the step that is saved."""
+    max_epochs: int | None = None
+    """Where `for batch in session`, outside `epochs`, ends."""
+    max_steps: int | None = None
+    """Where any loop ends, whatever else it was told."""
+    exact_augmentation: bool = True
+    """Seed every sample's augmentation by its position, so that loader workers can be repeated exactly."""
+    handle_signals: bool = True
+    """Finish the step, save and leave on SIGINT and SIGTERM (only in the main thread)."""
+
+    def __post_init__(self) -> None:
+        for name in ("ckpt_keep", "ckpt_every_steps", "ckpt_every_minutes", "max_epochs", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"SessionConfig.{name} must be positive, not {value!r}")

@@ -1,0 +1,131 @@
+"""What a session writes down of itself. Everything goes to the journal first; the database is made from it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from onthefly.store.journal import Journal
+
+_MOST_DIFFERENCES = 20  # reported one by one; a run that left its line differs in every step after
+
+
+class History:
+    """Facts of one run, in the order in which they came to be, and the check of steps that are done a second time.
+
+    Owns the run's name and generation. It never raises for a full disk: the journal holds what it cannot write.
+    """
+
+    def __init__(self, journal: Journal, run: str, generation: int) -> None:
+        self.run = run
+        self.generation = generation
+        self.head = -1  # the last step that an earlier process recorded of this line; until there, steps repeat
+        self.differences = 0
+        self._journal = journal
+        self._series: dict[str, int] = {}
+        self._recorded: dict[tuple[str, int], deque[float]] = {}
+        self._log = logging.getLogger("onthefly")
+
+    @property
+    def seq(self) -> int:
+        """The number of the last fact: what a checkpoint taken now comes after."""
+        return self._journal.seq
+
+    def expect(self, recorded: Mapping[str, Mapping[int, list[float]]], head: int) -> None:
+        """Say what an earlier process logged in steps that are about to be done again, by name and step."""
+        self.head = head
+        self._recorded = {
+            (name, step): deque(values) for name, steps in recorded.items() for step, values in steps.items()
+        }
+
+    def metrics(self, step: int, epoch: int, numbers: Mapping[str, float], when: float | None = None) -> None:
+        """Record numbers of a step. What was recorded before is compared, and not written twice."""
+        if self._recorded:
+            numbers = self._compare(step, epoch, numbers)
+        series = self._series
+        try:
+            values = [(series[name], value) for name, value in numbers.items()]
+        except KeyError:
+            for name in numbers:
+                if name not in series:
+                    series[name] = self._journal.series(self.run, self.generation, name)
+            values = [(series[name], value) for name, value in numbers.items()]
+        if values:
+            self._journal.metrics(step, epoch, time.time() if when is None else when, values)
+
+    def event(self, event: str, step: int, epoch: int, /, **data: Any) -> int:
+        """Record an event of the run. Returns its number in the journal."""
+        return self._journal.fact(
+            "event",
+            {
+                "event": event,
+                "run": self.run,
+                "generation": self.generation,
+                "step": step,
+                "epoch": epoch,
+                "time": time.time(),
+                "data": data,
+            },
+        )
+
+    def result(
+        self,
+        command: str,
+        step: int,
+        epoch: int,
+        *,
+        result: Mapping[str, Any] | None = None,
+        error: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Answer a command."""
+        status = "done" if error is None else "failed"
+        answer = {"command": command, "status": status, "result": result, "error": error}
+        self._journal.fact("result", {**answer, "step": step, "epoch": epoch, "time": time.time()})
+
+    def checkpoint(self, **data: Any) -> None:
+        """Record a checkpoint that is durable."""
+        self._journal.fact("checkpoint", {"run": self.run, "generation": self.generation, "time": time.time(), **data})
+
+    def evicted(self, path: str, content: str, reason: str) -> None:
+        """Record that a checkpoint is about to be removed."""
+        self._journal.fact("evicted", {"path": path, "hash": content, "reason": reason, "time": time.time()})
+
+    def begin_generation(self, step: int, epoch: int, reason: str, base: Mapping[str, Any]) -> None:
+        """Leave the recorded line of the run: from here on it is written anew, beginning at `base`, a checkpoint."""
+        self.generation += 1
+        self.head = -1
+        self._recorded.clear()
+        self._series.clear()
+        self.event("generation", step, epoch, reason=reason, base=dict(base), **{"from": step})
+        self._journal.fact("run", {"run": self.run, "generation": self.generation, "base": dict(base)})
+
+    def run_status(self, status: str) -> None:
+        self._journal.fact("run", {"run": self.run, "status": status})
+
+    def session_ended(self, outcome: str) -> None:
+        self._journal.fact("session", {"status": "ended", "outcome": outcome, "ended": time.time()})
+
+    def _compare(self, step: int, epoch: int, numbers: Mapping[str, float]) -> dict[str, float]:
+        new = {}
+        for name, value in numbers.items():
+            before = self._recorded.get((name, step))
+            if not before:
+                new[name] = value
+                continue
+            recorded = before.popleft()
+            if not (recorded == value or (math.isnan(recorded) and math.isnan(value))):
+                self._differs(name, step, epoch, recorded, value)
+        if step > self.head:
+            self._recorded.clear()
+        return new
+
+    def _differs(self, name: str, step: int, epoch: int, recorded: float, value: float) -> None:
+        self.differences += 1
+        if self.differences > _MOST_DIFFERENCES:
+            return
+        self.event("inexact", step, epoch, metric=name, recorded=recorded, repeated=value)
+        self._log.warning("inexact: %s of step %d was %r and came out as %r when repeated", name, step, recorded, value)

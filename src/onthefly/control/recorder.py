@@ -1,0 +1,160 @@
+"""The recorder thread: the only part of a training process that touches the database."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+from onthefly.control import commands
+from onthefly.control.gate import Gate, Request
+from onthefly.errors import InvalidCommandError, StoreError
+from onthefly.store.journal import Journal
+from onthefly.store.projection import project
+from onthefly.store.store import CommandWatch, Store
+
+_POLL = 0.02  # seconds between looks for commands
+_FLUSH = 0.1  # between writes of the journal's news into the database
+_HEARTBEAT = 1.0
+_RETRY = 0.5  # while the database cannot be used
+
+Status = Callable[[], tuple[str, int, int]]
+"""What a heartbeat says: status, step, epoch."""
+
+
+class Recorder:
+    """Carries facts from the journal to the database, and commands from the database to the gate.
+
+    Nothing here is waited for by training: while the database is locked, full or gone, the journal keeps everything,
+    and it is carried over when the database is back, or by whoever opens the store after this process has died.
+    """
+
+    def __init__(self, store: Store, session: int, journal: Journal, gate: Gate, status: Status) -> None:
+        self._store = store
+        self._session = session
+        self._journal = journal
+        self._gate = gate
+        self._status = status
+        self._seen: set[str] = set()
+        self._deferred: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._outside = threading.Lock()  # held while the database is in use; os.fork waits for it
+        self._stop = threading.Event()
+        self._unusable_since: float | None = None
+        self.on_outage: Callable[[float, int], None] = lambda seconds, lost: None
+        self._lost = 0
+        self._log = logging.getLogger("onthefly")
+        self._thread = threading.Thread(target=self._run, name="onthefly-recorder", daemon=True)
+        _stay_outside_while_forking(self)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def defer(self, task: Callable[[], None]) -> None:
+        """Run something short on this thread, such as reading a device tensor."""
+        self._deferred.put(task)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Stop, after one last carrying over. What the database did not take stays in the journal."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    # -- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        watch: CommandWatch | None = None
+        flushed = beat = 0.0
+        carried = -1
+        while True:
+            last = self._stop.is_set()
+            self._run_deferred()
+            now = time.monotonic()
+            try:
+                with self._outside:
+                    if watch is None:
+                        watch = CommandWatch(self._store)
+                        self._take_commands()
+                    elif watch.changed():
+                        self._take_commands()
+                    if (now - flushed >= _FLUSH or last) and (self._journal.seq != carried or self._journal.failing):
+                        carried, flushed = self._journal.seq, now
+                        project(self._store, self._session)
+                    if now - beat >= _HEARTBEAT or last:
+                        beat = now
+                        status, step, epoch = self._status()
+                        self._store.heartbeat(self._session, status=status, step=step, epoch=epoch, time=time.time())
+                self._usable_again(now)
+            except (StoreError, OSError) as e:
+                carried = -1
+                if watch is not None:
+                    watch.close()
+                watch = None
+                self._unusable(now, e)
+                if last:
+                    return
+                self._stop.wait(_RETRY)
+                continue
+            if last:
+                watch.close()
+                return
+            self._stop.wait(_POLL)
+
+    def _take_commands(self) -> None:
+        for row in self._store.queued_commands(self._session):
+            if row.id in self._seen:
+                continue
+            self._seen.add(row.id)
+            try:
+                command = commands.build(row.kind, row.arguments)
+            except InvalidCommandError as e:
+                self._refuse(row.id, e)
+            else:
+                self._gate.put(Request(row.id, command))
+
+    def _refuse(self, command: str, e: InvalidCommandError) -> None:
+        _, step, epoch = self._status()
+        error = {"type": type(e).__name__, "message": str(e), "exit_code": e.exit_code}
+        answer = {"command": command, "status": "failed", "result": None, "error": error}
+        self._journal.fact("result", {**answer, "step": step, "epoch": epoch, "time": time.time()})
+
+    def _run_deferred(self) -> None:
+        while True:
+            try:
+                task = self._deferred.get_nowait()
+            except Empty:
+                return
+            task()
+
+    def _unusable(self, now: float, reason: Exception) -> None:
+        if self._unusable_since is None:
+            self._unusable_since = now
+            self._log.warning("the store cannot be used (%s); training goes on, the journal keeps what happens", reason)
+
+    def _usable_again(self, now: float) -> None:
+        lost = self._journal.lost - self._lost
+        if self._unusable_since is None and not lost:
+            return
+        if self._journal.failing:
+            return
+        seconds = now - self._unusable_since if self._unusable_since is not None else 0.0
+        self._unusable_since, self._lost = None, self._journal.lost
+        self.on_outage(seconds, lost)
+
+
+def _stay_outside_while_forking(recorder: Recorder) -> None:
+    """A child forked in the middle of a database call would inherit SQLite's locks and half of its state."""
+    reference = weakref.ref(recorder)
+
+    def before() -> None:
+        if (live := reference()) is not None:
+            live._outside.acquire()
+
+    def after() -> None:
+        if (live := reference()) is not None and live._outside.locked():
+            live._outside.release()
+
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=after)

@@ -1,0 +1,622 @@
+"""The session: what a training loop holds, and where its step boundaries are.
+
+    attach            restores what it was given, when the process resumes a run
+    epochs / iter     boundary, batch, boundary, batch, ...; at a boundary nothing of the training is under way
+    a boundary        commands, due checkpoints, pauses; everything that is asked from outside happens here
+    close             the last facts are written, signal handlers and hooks are put back
+
+There is one boundary for each (step, epoch): before every batch, and after the end-of-epoch code of the last epoch. The one
+between an epoch's last batch and its end-of-epoch code is left out: a checkpoint there could not say whether that code ran.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from onthefly.config import SessionConfig
+from onthefly.control import actions, commands, start
+from onthefly.control.checkpointer import Checkpointer, Kept
+from onthefly.control.gate import Gate, Request
+from onthefly.control.gradients import GradientWatch
+from onthefly.control.recorder import Recorder
+from onthefly.control.signals import Signals
+from onthefly.control.start import Start
+from onthefly.errors import (
+    CheckpointError,
+    InexactError,
+    MissingPartError,
+    OnTheFlyError,
+    StateError,
+    StateMismatchError,
+    UnsupportedValueError,
+)
+from onthefly.state import rng
+from onthefly.state.knobs import Change, Knob, Knobs
+from onthefly.state.loader import END, ExactLoader
+from onthefly.state.train_state import TrainState, Value
+
+_PATIENCE = 64  # boundaries that a command waits for pending gradients to be used
+_NEVER = float("inf")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the session was given and only some commands need."""
+
+    val_loader: Any = None
+    test_loader: Any = None
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None
+    per_sample_loss: Callable[[Any, Any], torch.Tensor] | None = None
+    embed: Callable[..., torch.Tensor] | None = None
+    model_factory: Callable[[], nn.Module] | None = None
+
+
+def attach(
+    model: nn.Module | Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer],
+    *,
+    scheduler: Any = None,
+    scaler: Any = None,
+    train_loader: Any = None,
+    val_loader: Any = None,
+    test_loader: Any = None,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+    per_sample_loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    embed: Callable[..., torch.Tensor] | None = None,
+    model_factory: Callable[[], nn.Module] | None = None,
+    config: SessionConfig | None = None,
+) -> Session:
+    """Attach a session to a training loop.
+
+    Model, optimizer and scheduler may each be one object or a mapping of several. In a process that `onthefly resume`
+    started, they are given the state of the run's newest good checkpoint. The other arguments are what some commands
+    need: `loss_fn(outputs, targets)` and a loader of (inputs, targets) for `test`.
+
+    Raises `UnsupportedValueError` for an object that cannot be part of a train state, `UnsupportedLoaderError` for a loader
+    that cannot be repeated, `ResumeError` when the run cannot be resumed here, `StateMismatchError` when its
+    checkpoint does not fit, and `StoreError` when the store cannot be opened.
+    """
+    config = config or SessionConfig()
+    loader = None
+    if train_loader is not None:
+        loader = ExactLoader(train_loader, exact_augmentation=config.exact_augmentation)
+    state = TrainState()
+    state.counters.update(step=0, epoch=0)
+    for name, value in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
+        if value is not None:
+            state.add(name, value)
+    if loader is not None:
+        state.add("loader", loader)
+    schedulers = scheduler if isinstance(scheduler, Mapping) else {"scheduler": scheduler}
+    knobs = Knobs(state.optimizers, schedulers)
+    state.add("knobs", knobs)
+    inputs = Inputs(val_loader, test_loader, loss_fn, per_sample_loss, embed, model_factory)
+    return Session(state, knobs, loader, inputs, start.begin(config, loader.inexact if loader else []))
+
+
+class Session:
+    """A live training process: iterate it, log to it, and everything else happens from outside. Made by `attach`.
+
+    It is a context manager: leaving the block closes it. Without one it is closed when the process ends.
+    """
+
+    def __init__(
+        self, state: TrainState, knobs: Knobs, loader: ExactLoader | None, inputs: Inputs, begun: Start
+    ) -> None:
+        self.inputs = inputs
+        self._state = state
+        self._knobs = knobs
+        self._loader = loader
+        self._start = begun
+        self._config = begun.config
+        self._counters = state.counters
+        self._history = begun.history
+        self._gate = Gate()
+        self._watch = GradientWatch(state.optimizers, lambda: self.step)
+        self._signals = Signals(self._gate)
+        self._checkpointer = Checkpointer(state, begun.folder, self._history, self._config, begun.kept)
+        self._recorder = Recorder(begun.store, begun.session, begun.journal, self._gate, self._status)
+        self._log = logging.getLogger("onthefly")
+        self._pid = os.getpid()
+        self._value: Value | None = None  # of the checkpoint that is being resumed from, until the first boundary
+        self._again = list(begun.again)
+        self._waiting: list[Request] = []
+        self._waited = 0
+        self._begun = self._done = self._closed = False
+        self._paused = False
+        self._save_when_paused = False
+        self._leaving: tuple[str, int] | None = None
+        self._epochs: int | None = None  # how many the loop that is under way was told to do
+        self._attend_at = _NEVER
+        try:
+            self._restore()
+        except BaseException:
+            self._abandon()
+            raise
+        self._recorder.on_outage = self._report_outage
+        self._recorder.start()
+        if self._config.handle_signals:
+            self._signals.install()
+        atexit.register(self._close_at_exit)
+        self._plan()
+
+    # -- for the training loop ---------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Batches handed out so far."""
+        return self._counters["step"]  # type: ignore[return-value]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch under way, from 0."""
+        return self._counters["epoch"]  # type: ignore[return-value]
+
+    @property
+    def iteration(self) -> int:
+        """Batches handed out in this epoch; without a loader, the step."""
+        return self._loader.batch if self._loader is not None else self.step
+
+    @property
+    def run(self) -> str:
+        """The name of the run that this session is on."""
+        return self._history.run
+
+    @property
+    def generation(self) -> int:
+        """How often the run was reset, or taken back to a checkpoint."""
+        return self._history.generation
+
+    @property
+    def store(self) -> Path:
+        """The store's folder."""
+        return self._start.store.root
+
+    def epochs(self, n: int) -> Iterator[int]:
+        """Go through epochs up to `n` in all; after a resume, from the one that was under way.
+
+        Code that follows the batches in the body belongs to the epoch: it runs before the epoch's checkpoint is taken.
+        """
+        loader = self._needed_loader()
+        self._epochs = n
+        ended = False
+        try:
+            while True:
+                if loader.batch == 0:
+                    self._boundary("epoch" if ended and self._config.ckpt_every_epoch else None)
+                if self.epoch >= n or self._steps_are_over():
+                    break
+                yield self.epoch
+                ended = self.epoch < n and not self._steps_are_over()
+                if ended:
+                    self._end_epoch()
+        finally:
+            self._epochs = None
+        self._finish()
+
+    def __iter__(self) -> Iterator[Any]:
+        """The rest of this epoch inside `epochs`; elsewhere all batches up to `max_epochs` and `max_steps`."""
+        if self._epochs is not None:
+            yield from self._batches(self._needed_loader())
+            return
+        loader, last = self._needed_loader(), self._config.max_epochs
+        while last is None or self.epoch < last:
+            if loader.batch == 0:
+                self._boundary()
+                if (last is not None and self.epoch >= last) or self._steps_are_over():
+                    break
+                if loader.batch == 0:
+                    loader.set_epoch(self.epoch)
+            yield from self._batches(loader)
+            if self._steps_are_over():
+                break
+            self._end_epoch()
+            if self._config.ckpt_every_epoch and (last is None or self.epoch < last):
+                self._boundary("epoch")
+        else:
+            self._boundary("epoch" if self._config.ckpt_every_epoch else None)
+        self._finish()
+
+    def steps(self, n: int) -> Iterator[int]:
+        """Count steps up to `n` in all, for a loop that draws its own batches; after a resume, from where it was."""
+        while True:
+            self._boundary()
+            if self.step >= n or self._steps_are_over():
+                break
+            self._counters["step"] += 1  # type: ignore[operator]
+            yield self.step - 1
+        self._finish()
+
+    def log(self, **numbers: Any) -> None:
+        """Record numbers of this step. A number that was logged outlives the process, even one that is killed.
+
+        Takes Python and NumPy numbers and one-element tensors. A tensor on an accelerator is read later, on another
+        thread. Raises `UnsupportedValueError` for anything else.
+        """
+        step, epoch = self.step, self.epoch
+        plain: dict[str, float] = {}
+        for name, value in numbers.items():
+            if type(value) is float:
+                plain[name] = value
+            elif isinstance(value, torch.Tensor):
+                if value.device.type == "cpu" or name == self._config.best_metric:
+                    plain[name] = _number(name, value)
+                else:
+                    self._log_later(name, value, step, epoch)
+            elif isinstance(value, int | float | np.number | np.bool_):
+                plain[name] = float(value)
+            else:
+                raise UnsupportedValueError(f"log: {name} is a {type(value).__name__}, not a number")
+        best = self._config.best_metric
+        if best in plain:
+            self._counters[best] = plain[best]
+            self._counters[f"{best}_step"] = step
+            self._checkpointer.changed()
+        self._history.metrics(step, epoch, plain)
+
+    def track(self, **objects: Any) -> None:
+        """Make anything with `state_dict` and `load_state_dict`, or a random generator, part of the train state.
+
+        Call it before the loop. In a resumed process the object is given its state here.
+        """
+        self._before_loop("track")
+        for name, value in objects.items():
+            for part in self._state.add(name, value):
+                if self._value is not None:
+                    self._state.restore(self._value, [part], random_state=False)
+
+    def knob(self, name: str, value: Any) -> Knob:
+        """Register a value that can be changed live; read it as `.value`. Call it before the loop."""
+        self._before_loop("knob")
+        return self._knobs.register(name, value)
+
+    def close(self) -> None:
+        """End the session. Called a second time it does nothing."""
+        self._close(failed=False)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close(failed=error is not None and not isinstance(error, SystemExit))
+
+    # -- for actions -------------------------------------------------------------------------------------------
+
+    def hold(self, *, save: bool = True) -> None:
+        """Stay at this boundary until `release`."""
+        self._save_when_paused = save and not self._paused
+        self._paused = True
+        self.record("paused")
+
+    def release(self) -> None:
+        if self._paused:
+            self.record("resumed")
+        self._paused = False
+
+    def leave(self, outcome: str, code: int) -> None:
+        """End the process at this boundary, once the command under way is answered."""
+        self._leaving = (outcome, code)
+
+    def save(self, reason: str, *, pin: bool = False, path: Path | None = None) -> Kept:
+        """Save a checkpoint of this boundary. Raises `CheckpointWriteError` or `UnsupportedValueError`."""
+        return self._checkpointer.save(reason, gradients=self._watch.pending(), pin=pin, path=path)
+
+    def load(self, path: Path, *, content: str | None = None, reason: str) -> Kept:
+        """Put a checkpoint's state into the live objects; the run goes on from there as a new generation."""
+        value, file = self._checkpointer.read(path, content)
+        if unclaimed := self._state.unclaimed(value):
+            raise StateMismatchError(f"{path}: nobody here tracks {', '.join(unclaimed)}, which it holds")
+        self._state.restore(value)
+        self._watch.forget()
+        self._again.clear()
+        kept = Kept(path, file.hash, file.size, self.generation, self.step, self.epoch, reason, False, None)
+        base = {"path": str(path), "hash": file.hash, "step": self.step, "epoch": self.epoch}
+        self._history.begin_generation(self.step, self.epoch, reason, base)
+        self._checkpointer.changed()
+        self._checkpointer.need([path])
+        if path.parent != self._start.folder:  # not ours to keep: the new generation needs a beginning that stays
+            self._try_save("load")
+        self._plan()
+        return kept
+
+    def reset(self) -> Kept:
+        """Go back to the run's origin, and let its other checkpoints go."""
+        origin = self._checkpointer.origin()
+        kept = self.load(origin.path, content=origin.hash, reason="reset")
+        self._checkpointer.clear()
+        return kept
+
+    def set(self, values: Mapping[str, Any], *, hold: bool = False, release: bool = False) -> list[Change]:
+        """Change live values, for the steps from this boundary on."""
+        changes = self._knobs.set(values, hold=hold, release=release)
+        if changes:
+            arguments = {"values": dict(values), "hold": hold, "release": release}
+            self.record("command", kind="set", arguments=arguments, changed=[_change(c) for c in changes])
+            self._checkpointer.changed()
+        return changes
+
+    def model(self) -> nn.Module:
+        """The model to test. Raises `MissingPartError` when there are several."""
+        modules = self._state.modules
+        if len(modules) > 1 and "model" not in modules:
+            raise MissingPartError(f"this session trains several models ({', '.join(modules)}): a test needs just one")
+        return modules.get("model") or next(iter(modules.values()))
+
+    def record(self, event: str, /, **data: Any) -> None:
+        """Record an event at this boundary."""
+        self._history.event(event, self.step, self.epoch, **data)
+
+    # -- iterating ---------------------------------------------------------------------------------------------
+
+    def _batches(self, loader: ExactLoader) -> Iterator[Any]:
+        counters = self._counters
+        while not loader.exhausted:
+            if loader.batch:  # before the first batch, whoever called has been at the boundary
+                self._boundary()
+                if self._steps_are_over() or self._epochs_are_over():
+                    return
+            batch = loader.next()
+            if batch is END:
+                return
+            counters["step"] += 1  # type: ignore[operator]
+            yield batch
+
+    def _boundary(self, save: str | None = None) -> None:
+        if not self._begun:
+            self._begin()
+        checkpointer = self._checkpointer
+        if (
+            self._gate.raised
+            or save is not None
+            or self.step >= self._attend_at
+            or time.monotonic() >= checkpointer.next_time
+        ):
+            self._attend(save)
+
+    def _end_epoch(self) -> None:
+        loader = self._needed_loader()
+        loader.end_epoch()
+        self._counters["epoch"] = loader.epoch
+
+    def _steps_are_over(self) -> bool:
+        return self._config.max_steps is not None and self.step >= self._config.max_steps
+
+    def _epochs_are_over(self) -> bool:
+        last = self._epochs if self._epochs is not None else self._config.max_epochs
+        return last is not None and self.epoch >= last
+
+    def _finish(self) -> None:
+        if self._start.until is not None:
+            raise InexactError(f"the loop ended before step {self._start.until.step}, which was recorded")
+        self._done = True
+        self._try_save("end")
+        self._signals.close()
+
+    # -- at a boundary -----------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """The first boundary: everything is tracked by now."""
+        self._begun = True
+        if self._value is not None:
+            value, self._value = self._value, None
+            if unclaimed := [*self._state.unclaimed(value), *(f"knob {name}" for name in self._knobs.unclaimed)]:
+                raise StateMismatchError(
+                    f"the checkpoint holds {', '.join(unclaimed)}, which nobody here tracks: "
+                    "call session.track or session.knob before the loop, as the run did when it was saved"
+                )
+            rng.restore(value["rng"])
+        elif self._start.until is None:
+            with suppress(CheckpointError):  # recorded and logged; training does not die of a full disk
+                self._checkpointer.save("origin")
+        self.record("sessionStarted", session=self._start.session, resumed=self._start.resumed)
+
+    def _attend(self, save: str | None) -> None:
+        """Everything that happens at a boundary besides training."""
+        self._gate.raised = False
+        self._repeat_commands()
+        if self._start.until is not None and self._start.until.reached(self.step, self.epoch):
+            self._start.until.write(self._state)
+            self._leave("replayed", 0)
+        ready = self._ready()
+        while (request := self._gate.take()) is not None:
+            self._waiting.append(request)
+        for request in list(self._waiting):
+            if self._may_run(request, ready):
+                self._waiting.remove(request)
+                self._perform(request)
+        if not self._paused and ready:
+            due = self.step >= self._checkpointer.next_step or time.monotonic() >= self._checkpointer.next_time
+            if save or due:
+                self._try_save(save or "interval")
+        while self._paused and self._gate.signal is None:
+            self._stand_still()
+        if self._gate.signal is not None and (ready or self._paused):
+            self._obey_signal(self._gate.signal)
+        self._waited = 0 if ready else self._waited + 1
+        if self._waiting or self._gate.signal is not None or not ready:
+            self._gate.raised = True
+        self._plan()
+
+    def _ready(self) -> bool:
+        """Whether no gradients are pending, or enough boundaries have passed waiting for it."""
+        return not self._watch.pending() or self._waited >= _PATIENCE
+
+    def _may_run(self, request: Request, ready: bool) -> bool:
+        if isinstance(request.command, commands.Pause | commands.Resume):
+            return True
+        if isinstance(request.command, commands.SetValue) and self.step < self._history.head:
+            return False  # until the head these steps are being repeated; a new value would make them other steps
+        return ready or self._paused
+
+    def _stand_still(self) -> None:
+        """Paused: wait for one request and carry it out."""
+        if self._save_when_paused:
+            self._save_when_paused = False
+            self._try_save("pause")
+        for request in [r for r in self._waiting if self._may_run(r, True)]:
+            self._waiting.remove(request)
+            self._perform(request)
+        if not self._paused:
+            return
+        request_or_none = self._gate.take(timeout=1.0)
+        if request_or_none is not None:
+            self._waiting.append(request_or_none)
+
+    def _perform(self, request: Request) -> None:
+        step, epoch = self.step, self.epoch
+        try:
+            result = actions.perform(self, request.command)
+        except OnTheFlyError as e:
+            self._history.result(request.id, step, epoch, error=_error(e, str(e), e.exit_code))
+        except Exception as e:  # noqa: BLE001 - the user's own code, called by the action, failed: training goes on
+            self._log.exception("the command %s failed", request.command.kind)
+            message = f"{type(e).__name__}: {e}"
+            self._history.result(request.id, step, epoch, error=_error(e, message, 6))
+        else:
+            self._history.result(request.id, step, epoch, result=result)
+        if self._leaving is not None:
+            self._leave(*self._leaving)
+
+    def _repeat_commands(self) -> None:
+        """Apply the commands that an earlier process was given at this very boundary."""
+        while self._again and self._again[0].is_due(self.step, self.epoch):
+            due = self._again.pop(0)
+            self._knobs.set(due.command.values, hold=due.command.hold, release=due.command.release)
+            self._checkpointer.changed()
+
+    def _obey_signal(self, number: int) -> None:
+        interrupted = number == signal.SIGINT
+        self._try_save("stop")
+        self._leave("interrupted" if interrupted else "terminated", 128 + number)
+
+    def _plan(self) -> None:
+        """Find the next step at which there is something to do."""
+        steps = [self._checkpointer.next_step]
+        steps += [due.step for due in self._again[:1]]
+        if self._start.until is not None:
+            steps.append(self._start.until.step)
+        self._attend_at = min(steps)
+
+    def _try_save(self, reason: str) -> None:
+        # An event and a log line tell of a failure; training goes on, and the next save may succeed.
+        with suppress(CheckpointError, StateError):
+            self.save(reason)
+
+    # -- beginning and end -------------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        if self._start.base is None:
+            return
+        base = self._start.base
+        value, _ = self._checkpointer.read(base.path, base.hash)
+        self._state.restore(value, self._state.names, random_state=False)
+        self._counters.update(value["counters"])
+        self._value = value
+        self._checkpointer.adopt(base)
+        if self._start.needed is not None:
+            self._checkpointer.need([self._start.needed])
+
+    def _leave(self, outcome: str, code: int) -> None:
+        self._close(failed=False, outcome=outcome)
+        raise SystemExit(code)
+
+    def _close(self, *, failed: bool, outcome: str | None = None) -> None:
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        if outcome is None and not failed and not self._done and self._begun:
+            self._save_where_it_was_left()
+        finished = outcome is None and not failed
+        outcome = outcome or ("failed" if failed else "finished")
+        for request in self._waiting:
+            self._refuse(request)
+        while (late := self._gate.take()) is not None:
+            self._refuse(late)
+        self.record("finalizeRun" if finished else "sessionEnded", outcome=outcome)
+        self._history.run_status("finished" if finished else "unfinished")
+        self._history.session_ended(outcome)
+        self._signals.close()
+        self._recorder.close()
+        self._abandon()
+        if self._loader is not None:
+            self._loader.close()
+        atexit.unregister(self._close_at_exit)
+
+    def _abandon(self) -> None:
+        self._closed = True
+        self._watch.close()
+        self._knobs.close()
+        self._start.close()
+
+    def _save_where_it_was_left(self) -> None:
+        """The loop was left by `break`. That is a boundary if the last batch was trained on to the end."""
+        if self._loader is not None and self._loader.exhausted:
+            self._end_epoch()
+            self._try_save("end")
+        elif self._watch.stepped():
+            self._try_save("end")
+
+    def _close_at_exit(self) -> None:
+        self._close(failed=getattr(sys, "last_value", None) is not None)
+
+    def _refuse(self, request: Request) -> None:
+        message = f"the session ended before it could {request.command.kind}"
+        error = {"type": "NoLiveSessionError", "message": message, "exit_code": 6}
+        self._history.result(request.id, self.step, self.epoch, error=error)
+
+    def _report_outage(self, seconds: float, lost: int) -> None:
+        """Called on the recorder's thread when the store can be used again."""
+        self.record("lost" if lost else "storeUnavailable", seconds=round(seconds, 1), metrics=lost)
+
+    def _status(self) -> tuple[str, int, int]:
+        if not self._begun:
+            return "starting", self.step, self.epoch
+        if self._paused:
+            return "paused", self.step, self.epoch
+        return ("repeating" if self.step < self._history.head else "running"), self.step, self.epoch
+
+    # -- small things ------------------------------------------------------------------------------------------
+
+    def _needed_loader(self) -> ExactLoader:
+        if self._loader is None:
+            raise MissingPartError("attach was given no train_loader; use `for i in session.steps(n)` without one")
+        return self._loader
+
+    def _before_loop(self, what: str) -> None:
+        if self._begun:
+            raise UnsupportedValueError(f"session.{what} must be called before the loop begins")
+
+    def _log_later(self, name: str, value: torch.Tensor, step: int, epoch: int) -> None:
+        copy, when = value.detach().clone(), time.time()
+        self._recorder.defer(lambda: self._history.metrics(step, epoch, {name: _number(name, copy)}, when))
+
+
+def _number(name: str, value: torch.Tensor) -> float:
+    if value.numel() != 1 or value.is_complex():
+        raise UnsupportedValueError(f"log: {name} is a tensor of shape {list(value.shape)}, not one number")
+    return float(value.item())
+
+
+def _error(e: Exception, message: str, code: int) -> dict[str, Any]:
+    return {"type": type(e).__name__, "message": message, "exit_code": code}
+
+
+def _change(change: Change) -> dict[str, Any]:
+    return {"name": change.name, "before": change.before, "after": change.after}

@@ -1,0 +1,50 @@
+"""Points of a series of numbers as packed arrays, and what is left of them at a lower resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+POINT = np.dtype([("step", "<i8"), ("value", "<f8"), ("time", "<f8")])
+Points = npt.NDArray[np.void]
+RESOLUTIONS = (64, 4096)
+
+
+def join(parts: list[Points]) -> Points:
+    return np.concatenate(parts) if parts else np.empty(0, POINT)
+
+
+def packed(points: Points) -> dict[str, Any]:
+    """The columns of a chunk that hold these points; there is at least one."""
+    return {
+        "first_step": int(points["step"].min()),
+        "last_step": int(points["step"].max()),
+        "count": len(points),
+        "steps": points["step"].tobytes(),
+        "values": points["value"].tobytes(),
+        "times": points["time"].tobytes(),
+    }
+
+
+def unpacked(steps: bytes, values: bytes, times: bytes) -> Points:
+    """The points of a chunk, from its columns."""
+    points = np.empty(len(steps) // 8, POINT)
+    points["step"] = np.frombuffer(steps, "<i8")
+    points["value"] = np.frombuffer(values, "<f8")
+    points["time"] = np.frombuffer(times, "<f8")
+    return points
+
+
+def extremes(points: Points, size: int) -> Points:
+    """The lowest and the highest of each `size` consecutive points, in their order. NaN only where there is nothing else."""
+    values = points["value"]
+    missing = np.isnan(values)
+    low, high = np.where(missing, np.inf, values), np.where(missing, -np.inf, values)
+    kept: set[int] = set()
+    for start in range(0, len(points), size):
+        bucket = slice(start, start + size)
+        kept.update((start + int(low[bucket].argmin()), start + int(high[bucket].argmax())))
+    return points[sorted(kept)]

@@ -1,0 +1,298 @@
+"""Verifying: a stretch of a run is trained again in a fresh process, and must come out bit for bit.
+
+`plan` chooses the stretch (values in, values out), `replay` runs the recorded command line over it in a temporary
+store, and `differences` names what is not equal. Torch is loaded only to open checkpoints.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onthefly.control.commands import COMMANDS
+from onthefly.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    InvalidCommandError,
+    ResumeError,
+    UnknownReferenceError,
+)
+from onthefly.runs import launch as launching
+from onthefly.runs.references import describe, in_order
+
+if TYPE_CHECKING:
+    from onthefly.store.queries import CheckpointRow, EventRow, SessionRow
+
+_NAMED = 20  # differences that are written out
+_TAIL = 15  # lines of a failed replay's output that its error quotes
+_STATE_CHANGING = frozenset(command.kind for command in COMMANDS if command.changes_state)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stretch of one run and generation between two recorded checkpoints, and what it takes to train it again."""
+
+    start: CheckpointRow
+    end: CheckpointRow
+    commands: list[dict[str, Any]]
+    launch: Mapping[str, Any]
+    inexact: list[str] = field(default_factory=list)
+    """What the session said, while it ran, that it could not make exact."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a replay gave. `equal` says it all; `differences` and `causes` are empty then."""
+
+    run: str
+    generation: int
+    start: CheckpointRow
+    end: CheckpointRow
+    recorded_hash: str
+    replayed_hash: str
+    equal: bool
+    commands: int
+    """How many commands were applied again on the way."""
+    seconds: float
+    differences: list[str]
+    causes: list[str]
+
+
+def plan(
+    start: CheckpointRow,
+    end: CheckpointRow | None,
+    *,
+    checkpoints: Sequence[CheckpointRow],
+    events: Iterable[EventRow],
+    sessions: Mapping[int, SessionRow],
+) -> Plan:
+    """The stretch that begins at `start`. Without `end` it ends at the next checkpoint of that run and generation; when
+    `start` is the last one there, the stretch is the one that ends in it.
+
+    Raises `UnknownReferenceError` when there is only one checkpoint, `InvalidCommandError` when the two do not follow
+    each other, and `ResumeError` when the run cannot be started again.
+    """
+    if end is None:
+        start, end = _pair(start, [row for row in checkpoints if row.evicted is None])
+    elif (start.run, start.generation) != (end.run, end.generation) or _place(end) <= _place(start):
+        raise InvalidCommandError(
+            f"no steps lead from {describe(start)} to {describe(end)} in one generation of one run"
+        )
+    makers = [sessions[row.session] for row in (end, start) if row.session in sessions]
+    launch = next((session.launch for session in makers if session.launch is not None), None)
+    if launch is None:
+        raise ResumeError(
+            f"{start.run!r} was not started by a command line that can be run again (a notebook, or a script piped in); "
+            "put the loop into a file to verify it"
+        )
+    inexact = list(dict.fromkeys(reason for session in makers for reason in session.inexact))
+    return Plan(start, end, list(_commands(events, start, end)), launch, inexact)
+
+
+def replay(plan: Plan, *, timeout: float | None = None) -> Verification:
+    """Train the stretch again in a fresh process, and compare.
+
+    `timeout` is in seconds. Raises `ResumeError`, quoting the process's last words, when it does not come to the end,
+    and `CheckpointError` when the checkpoint to start from cannot be used.
+    """
+    if not plan.start.path.is_file():
+        raise CheckpointNotFoundError(errno.ENOENT, "the checkpoint to start from is gone", str(plan.start.path))
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="onthefly-verify-") as folder:
+        out = Path(folder) / f"replayed-{plan.end.path.name}"
+        _run(plan, Path(folder), out, timeout)
+        from onthefly.checkpoints.format import open_checkpoint
+
+        replayed_hash = open_checkpoint(out).hash
+        equal = replayed_hash == plan.end.hash
+        found = [] if equal else differences(plan.end.path, out)
+    return Verification(
+        run=plan.start.run,
+        generation=plan.start.generation,
+        start=plan.start,
+        end=plan.end,
+        recorded_hash=plan.end.hash,
+        replayed_hash=replayed_hash,
+        equal=equal,
+        commands=len(plan.commands),
+        seconds=time.monotonic() - began,
+        differences=found,
+        causes=[] if equal else likely_causes(found, plan),
+    )
+
+
+def differences(recorded: Path, replayed: Path) -> list[str]:
+    """Which entries of two checkpoints differ, and by how much, in words. Loads torch."""
+    from onthefly.checkpoints.format import open_checkpoint
+    from onthefly.state.tree import unflatten
+
+    try:
+        mine, theirs = open_checkpoint(recorded), open_checkpoint(replayed)
+    except CheckpointError as e:
+        return [f"cannot say what differs: {e}"]
+    lines = list(_compare(unflatten(mine.tree, mine.tensors), unflatten(theirs.tree, theirs.tensors), ""))
+    if not lines:
+        lines = ["the values are equal; only how they are stored differs (tied tensors, or the order of names)"]
+    return lines if len(lines) <= _NAMED else [*lines[:_NAMED], f"and {len(lines) - _NAMED} more"]
+
+
+def likely_causes(lines: Sequence[str], plan: Plan) -> list[str]:
+    """What a difference may come from, most telling first."""
+    causes = [f"the session said: {reason}" for reason in plan.inexact]
+    if any(line.startswith("rng/") for line in lines):
+        causes.append("something drew random numbers that the replay did not draw, or the other way round")
+    elif any(line.startswith("loader") for line in lines):
+        causes.append("the data or its order changed")
+    elif any("max |difference|" in line for line in lines):
+        causes.append("a nondeterministic kernel, another number of threads, or another machine")
+    if plan.launch.get("hash_seed") is None:
+        causes.append("code that depends on the order of a set of strings: PYTHONHASHSEED was not fixed")
+    causes.append("code or data that was edited since")
+    return causes
+
+
+# -- the stretch -----------------------------------------------------------------------------------------------
+
+
+def _place(row: CheckpointRow) -> tuple[int, int]:
+    return row.step, row.epoch
+
+
+def _pair(chosen: CheckpointRow, rows: Sequence[CheckpointRow]) -> tuple[CheckpointRow, CheckpointRow]:
+    line = [row for row in in_order(rows) if (row.run, row.generation) == (chosen.run, chosen.generation)]
+    after = [row for row in line if _place(row) > _place(chosen)]
+    if after:
+        return chosen, min(after, key=_place)
+    before = [row for row in line if _place(row) < _place(chosen)]
+    if before:
+        return max(before, key=_place), chosen
+    raise UnknownReferenceError(
+        f"{describe(chosen)} is the only checkpoint of its run and generation; verify needs two: `onthefly save` makes one"
+    )
+
+
+def _commands(events: Iterable[EventRow], start: CheckpointRow, end: CheckpointRow) -> Iterator[dict[str, Any]]:
+    """State-changing commands between two checkpoints, in order, each once."""
+    first, last = (start.session, start.captured), (end.session, end.captured)
+    seen: set[str] = set()
+    for event in sorted(events, key=lambda e: (e.session, e.seq)):
+        if event.kind != "command" or (event.run, event.generation) != (start.run, start.generation):
+            continue
+        if not first < (event.session, event.seq) <= last or event.data.get("kind") not in _STATE_CHANGING:
+            continue
+        if (id := event.data.get("id")) is not None:
+            if id in seen:
+                continue
+            seen.add(id)
+        yield {
+            "step": event.step,
+            "epoch": event.epoch,
+            "kind": event.data["kind"],
+            "arguments": event.data.get("arguments", {}),
+        }
+
+
+# -- the process -----------------------------------------------------------------------------------------------
+
+
+def _run(plan: Plan, folder: Path, out: Path, timeout: float | None) -> None:
+    order = {
+        "checkpoint": str(plan.start.path),
+        "hash": plan.start.hash,
+        "run": plan.start.run,
+        "generation": plan.start.generation,
+        "until": [plan.end.step, plan.end.epoch],
+        "commands": plan.commands,
+        "out": str(out),
+    }
+    extra = {launching.REPLAY: json.dumps(order), launching.STORE: str(folder / "store")}
+    log = folder / "output.txt"
+    with open(log, "wb") as output:
+        process = launching.spawn(
+            plan.launch,
+            extra,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its loader workers can be ended with it
+        )
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired as e:
+            raise ResumeError(f"the replay did not reach {describe(plan.end)} within {timeout:g} s") from e
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code == 0 and out.is_file():
+        return
+    ended = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    lines = log.read_text("utf-8", "replace").rstrip().splitlines()[-_TAIL:]
+    said = "\n".join(["; its last words:", *(f"  {line}" for line in lines)]) if lines else ", without a word"
+    raise ResumeError(f"the replay {ended} before it had saved {plan.end.run}@{plan.end.step}{said}")
+
+
+# -- the comparison --------------------------------------------------------------------------------------------
+
+
+def _compare(mine: Any, theirs: Any, path: str) -> Iterator[str]:
+    import numpy as np
+    import torch
+
+    if type(mine) is not type(theirs):
+        yield f"{path}: recorded {_short(mine)}, replayed {_short(theirs)}"
+    elif isinstance(mine, dict):
+        for key in dict.fromkeys((*mine, *theirs)):
+            below = f"{path}/{key}" if path else str(key)
+            if key not in theirs:
+                yield f"{below}: recorded, not replayed"
+            elif key not in mine:
+                yield f"{below}: replayed, not recorded"
+            elif path == "rng":
+                # A stream is one thing, whatever it is made of.
+                if any(True for _ in _compare(mine[key], theirs[key], below)):
+                    yield f"{below}: the random stream stands elsewhere"
+            else:
+                yield from _compare(mine[key], theirs[key], below)
+    elif isinstance(mine, list | tuple) and len(mine) == len(theirs):
+        for number, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+            yield from _compare(one, other, f"{path}/{number}")
+    elif isinstance(mine, torch.Tensor):
+        yield from _compare_tensors(mine, theirs, path)
+    elif isinstance(mine, np.ndarray):
+        if mine.dtype != theirs.dtype or mine.shape != theirs.shape or mine.tobytes() != theirs.tobytes():
+            yield f"{path}: the arrays differ"
+    elif mine != theirs and not (mine != mine and theirs != theirs):
+        yield f"{path}: recorded {_short(mine)}, replayed {_short(theirs)}"
+
+
+def _compare_tensors(mine: Any, theirs: Any, path: str) -> Iterator[str]:
+    import torch
+
+    if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
+        yield f"{path}: recorded {mine.dtype} {list(mine.shape)}, replayed {theirs.dtype} {list(theirs.shape)}"
+        return
+    mine, theirs = (torch.view_as_real(t) if t.is_complex() else t for t in (mine.detach(), theirs.detach()))
+    if torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (mine, theirs))):
+        return
+    gap = (mine.to(torch.float64) - theirs.to(torch.float64)).abs()
+    count = int((gap != 0).sum())  # a NaN is unequal, too
+    if count == 0:
+        yield f"{path}: equal as numbers, but not in their bits (the sign of a zero, or the payload of a NaN)"
+        return
+    yield f"{path}: {count:,} of {gap.numel():,} values differ, max |difference| {float(gap.max()):.3g}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
