@@ -45,6 +45,7 @@ Choice = int | str | None
 
 _POLL = 0.02  # seconds between two looks for an answer
 _TIMEOUT = 30.0
+_RECENT = 500  # steps
 
 
 class Delivery(TypedDict, total=False):
@@ -146,6 +147,19 @@ class Client:
         """One metric of a run: as its line now stands, or as one generation recorded it."""
         return queries.series(self.store, run, name, generation=generation, resolution=resolution)
 
+    def latest(self, run: str) -> dict[str, float]:
+        """The last value of everything that the run has logged."""
+        row = self.run(run)
+        head = max((session.step for session in self.sessions() if session.run == run), default=0)
+        values = {}
+        for name in self.metric_names(run):
+            points = queries.recorded(self.store, run, row.generation, name, head - _RECENT)
+            if not len(points.values):  # logged now and then, such as at the end of an epoch: a short series
+                points = self.series(run, name)
+            if len(points.values):
+                values[name] = float(points.values[-1])
+        return values
+
     def status(self) -> Status:
         """The store at a glance."""
         sessions = self.sessions()
@@ -204,7 +218,7 @@ class Client:
         timeout: float = _TIMEOUT,
         **arguments: Any,
     ) -> Result:
-        """Give a live session a command, and wait for its answer.
+        """Give a live session a command, and wait for its answer: its result, with the step and epoch at which it was done.
 
         A command that is given twice under one `id` is carried out once, and both get the one answer. `timeout` is in
         seconds. Without `wait` the result is ``{"id", "status": "queued"}`` at once. Raises the error that the session
@@ -226,7 +240,7 @@ class Client:
             )
         if row.status == "failed":
             raise _error(row)
-        return dict(row.result or {})
+        return {"step": row.step, "epoch": row.epoch, **(row.result or {})}
 
     def pause(self, *, save: bool = True, **how: Unpack[Delivery]) -> Result:
         """Hold training at the next step boundary. See `command` for `how` and what is raised, here and below."""

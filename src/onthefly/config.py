@@ -37,13 +37,15 @@ class SessionConfig:
     """Where `for batch in session`, outside `epochs`, ends."""
     max_steps: int | None = None
     """Where any loop ends, whatever else it was told."""
+    grad_clip: float | None = None
+    """Largest gradient norm, applied just before each optimizer step; `onthefly set grad_clip=` changes it live."""
     exact_augmentation: bool = True
     """Seed every sample's augmentation by its position, so that loader workers can be repeated exactly."""
     handle_signals: bool = True
     """Finish the step, save and leave on SIGINT and SIGTERM (only in the main thread)."""
 
     def __post_init__(self) -> None:
-        for name in ("ckpt_keep", "ckpt_every_steps", "ckpt_every_minutes", "max_epochs", "max_steps"):
+        for name in ("ckpt_keep", "ckpt_every_steps", "ckpt_every_minutes", "max_epochs", "max_steps", "grad_clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"SessionConfig.{name} must be positive, not {value!r}")

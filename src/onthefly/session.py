@@ -105,6 +105,8 @@ def attach(
     schedulers = scheduler if isinstance(scheduler, Mapping) else {"scheduler": scheduler}
     knobs = Knobs(state.optimizers, schedulers)
     state.add("knobs", knobs)
+    if config.grad_clip is not None:
+        knobs.set({"grad_clip": config.grad_clip})
     inputs = Inputs(val_loader, test_loader, loss_fn, per_sample_loss, embed, model_factory)
     return Session(state, knobs, loader, inputs, start.begin(config, loader.inexact if loader else []))
 

@@ -95,7 +95,7 @@ def plan(
             f"{start.run!r} was not started by a command line that can be run again (a notebook, or a script piped in); "
             "put the loop into a file to verify it"
         )
-    inexact = list(dict.fromkeys(reason for session in makers for reason in session.inexact))
+    inexact = list(dict.fromkeys(str(reason) for session in makers for reason in session.inexact))
     return Plan(start, end, list(_commands(events, start, end)), launch, inexact)
 
 

@@ -7,6 +7,7 @@ rich would take a fifth of the time that `onthefly status` has.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -137,12 +138,11 @@ def jsonable(item: Any) -> Any:
     return item
 
 
-def chart(values: Sequence[float], width: int, height: int) -> list[str]:
-    """A series as `height` lines of block characters, highest first. Columns are means; what is not finite is ``×``."""
-    columns = _columns(values, width)
+def chart(columns: Sequence[float], height: int) -> list[str]:
+    """Numbers as `height` lines of block characters, highest first. One that is not finite is an ``x``."""
     finite = [value for value in columns if math.isfinite(value)]
     if not finite:
-        return ["×" * len(columns)] if columns else []
+        return ["x" * len(columns)] if columns else []
     low, high = min(finite), max(finite)
     steps = height * 8
     # Level 1 at least, so that the lowest point is seen, too.
@@ -153,21 +153,20 @@ def chart(values: Sequence[float], width: int, height: int) -> list[str]:
     return ["".join(_cell(level, row) for level in levels) for row in reversed(range(height))]
 
 
-def _cell(level: int | None, row: int) -> str:
-    if level is None:
-        return "×" if row == 0 else " "
-    return _BLOCKS[min(max(level - row * 8, 0), 8)]
-
-
-def _columns(values: Sequence[float], width: int) -> list[float]:
+def means(values: Sequence[float], width: int) -> list[float]:
+    """The values, or, when there are more than `width`, the means of so many equal parts; NaN where one is not finite."""
     count = len(values)
     if count <= width:
         return [float(value) for value in values]
     edges = [i * count // width for i in range(width + 1)]
-    return [
-        math.fsum(values[a:b]) / (b - a) if _finite(values[a:b]) else math.nan
-        for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    parts = [values[begin:end] for begin, end in itertools.pairwise(edges)]
+    return [math.fsum(part) / len(part) if _finite(part) else math.nan for part in parts]
+
+
+def _cell(level: int | None, row: int) -> str:
+    if level is None:
+        return "x" if row == 0 else " "
+    return _BLOCKS[min(max(level - row * 8, 0), 8)]
 
 
 def _finite(values: Sequence[float]) -> bool:

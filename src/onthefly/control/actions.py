@@ -20,6 +20,7 @@ from onthefly.control import commands
 from onthefly.control.commands import Command
 from onthefly.errors import MissingPartError
 from onthefly.state import rng
+from onthefly.state.loader import one_pass
 from onthefly.state.train_state import unwrapped
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def test(session: Session, command: commands.TestRun) -> Result:
     saved = _saved(session.save("test")) if command.save else {}
     began = time.perf_counter()
     with undisturbed(model, loader):
-        numbers = evaluate(model, loader, session.inputs.loss_fn)
+        numbers = evaluate(model, one_pass(loader), session.inputs.loss_fn)
     result = {"data": command.data, **numbers, "seconds": time.perf_counter() - began, **saved}
     session.record("tested", **result)
     return result

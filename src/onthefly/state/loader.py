@@ -291,6 +291,18 @@ class ExactLoader:
                 yield f"{path} is a random generator of its own, copied into each worker: its numbers cannot be repeated"
 
 
+def one_pass(loader: Iterable[Any]) -> Iterable[Any]:
+    """The same batches from a loader of its own: looking at data leaves no trace in the user's persistent workers."""
+    if type(loader) is not DataLoader or not loader.persistent_workers:
+        return loader
+    arguments = {**_arguments(loader), "persistent_workers": False}
+    if _is_iterable_style(loader):
+        return DataLoader(loader.dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, **arguments)
+    if loader.batch_sampler is not None:
+        return DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, **arguments)
+    return DataLoader(loader.dataset, sampler=loader.sampler, batch_size=None, **arguments)
+
+
 class _End:
     """The type of `END`."""
 
@@ -443,14 +455,14 @@ def _seed_everything(seed: int, position: int) -> None:
     torch.default_generator.manual_seed(mixed)  # torch.manual_seed would visit every accelerator: 100 times slower
 
 
-def _rebuild(loader: DataLoader[Any], *, seeded: bool) -> tuple[DataLoader[Any], _Order | None]:
-    workers = loader.num_workers
-    arguments: dict[str, Any] = {
-        "num_workers": workers,
+def _arguments(loader: DataLoader[Any]) -> dict[str, Any]:
+    """What a loader was made with, besides the data and their order."""
+    return {
+        "num_workers": loader.num_workers,
         "collate_fn": loader.collate_fn,
         "pin_memory": loader.pin_memory,
         "timeout": loader.timeout,
-        "worker_init_fn": _WorkerStart(loader.worker_init_fn) if workers else loader.worker_init_fn,
+        "worker_init_fn": _WorkerStart(loader.worker_init_fn) if loader.num_workers else loader.worker_init_fn,
         "multiprocessing_context": loader.multiprocessing_context,
         "generator": loader.generator,
         "prefetch_factor": loader.prefetch_factor,
@@ -458,6 +470,10 @@ def _rebuild(loader: DataLoader[Any], *, seeded: bool) -> tuple[DataLoader[Any],
         "pin_memory_device": loader.pin_memory_device,
         "in_order": loader.in_order,
     }
+
+
+def _rebuild(loader: DataLoader[Any], *, seeded: bool) -> tuple[DataLoader[Any], _Order | None]:
+    arguments = _arguments(loader)
     if _is_iterable_style(loader):
         shape: dict[str, Any] = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
         return DataLoader(loader.dataset, **shape, **arguments), None

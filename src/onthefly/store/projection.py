@@ -67,7 +67,10 @@ def _project_batch(store: Store, session: int) -> int:
         records, offset = journal.read(path, row.journal_offset, BATCH)
         tables = _Tables(store, connection, session, row.run, dict(row.metric_names))
         for record in records:
-            tables.take(record)
+            try:
+                tables.take(record)
+            except (KeyError, TypeError, ValueError) as e:
+                raise StoreError(f"{path}: record {record.seq} makes no sense ({type(e).__name__}: {e})") from e
         tables.finish()
         connection.execute(
             update(schema.session).where(this).values(journal_offset=offset, metric_names=tables.metric_names)
@@ -134,7 +137,8 @@ class _Tables:
         table = schema.checkpoint
         before = update(table).where(table.c.path == data["path"], table.c.evicted.is_(None))
         self._connection.execute(before.values(evicted=data["time"], evicted_reason="replaced"))
-        self._connection.execute(insert(table).values({**data, "session": self._session}))
+        row = {key: data[key] for key in data.keys() & table.c.keys()}
+        self._connection.execute(insert(table).values({**row, "session": self._session}))
         told = ("path", "hash", "size", "reason", "pinned", "metrics")
         self._event(record, "checkpointSaved", data, {key: data[key] for key in told})
 

@@ -295,4 +295,6 @@ def _points(connection: Connection, of_series: list[Any], before: int | None, re
 
 
 def _series(found: Points) -> Series:
-    return Series(found["step"].astype(np.int64), found["value"].astype(np.float64), found["time"].astype(np.float64))
+    # Steps that were done again and came out differently stand behind those of before.
+    found = found[np.argsort(found["step"], kind="stable")]
+    return Series(found["step"].copy(), found["value"].copy(), found["time"].copy())

@@ -11,7 +11,20 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, exists, func, insert, inspect, select, update
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    case,
+    create_engine,
+    event,
+    exists,
+    func,
+    insert,
+    inspect,
+    select,
+    update,
+)
 from sqlalchemy.exc import DBAPIError
 
 from onthefly.errors import NoLiveSessionError, SchemaVersionError, StoreBusyError, StoreError
@@ -149,11 +162,12 @@ class Store:
     def heartbeat(
         self, session: int, *, status: str, step: int, epoch: int, time: float, loss: float | None = None
     ) -> None:
-        """Show where a session is. It changes nothing once the session has ended."""
+        """Show where a session is. Once it has ended its status stays."""
         table = schema.session
-        values = {"status": status, "step": step, "epoch": epoch, "heartbeat": time, "loss": loss}
+        shown = case((table.c.ended.is_(None), status), else_=table.c.status)
+        values = {"status": shown, "step": step, "epoch": epoch, "heartbeat": time, "loss": loss}
         with self.begin() as connection:
-            connection.execute(update(table).where(table.c.id == session, table.c.ended.is_(None)).values(values))
+            connection.execute(update(table).where(table.c.id == session).values(values))
 
     def insert_command(self, session: int, id: str, kind: str, arguments: Mapping[str, Any], time: float) -> None:
         """Queue a command; nothing happens if there is one with this id. Raises `NoLiveSessionError` if the session has ended.

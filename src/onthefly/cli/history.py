@@ -1,0 +1,245 @@
+"""Listings of what is recorded: runs, checkpoints, and the history of events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onthefly.cli import options, render
+from onthefly.cli.render import Column
+
+if TYPE_CHECKING:
+    from onthefly.store.queries import CheckpointRow, EventRow, RunRow, SessionRow
+
+
+@click.command("checkpoints", short_help="What was saved.")
+@click.argument("run", required=False)
+@click.option("--all", "evicted", is_flag=True, help="Also those that were removed, with the reason.")
+@options.store
+@options.as_json
+def checkpoints_command(run: str | None, evicted: bool, store: Path | None, as_json: bool) -> None:
+    """Checkpoints, newest last: of RUN, or of all runs. The first column is a REF."""
+    with options.connect(store) as client:
+        if run is not None:
+            client.run(run)
+        rows = client.checkpoints(run, evicted=evicted)
+    if as_json:
+        click.echo(render.document(rows))
+    elif not rows:
+        click.echo("no checkpoint yet; `onthefly save` makes one")
+    else:
+        click.echo(checkpoints_text(rows, time.time()))
+
+
+@click.command("runs", short_help="Every run of the store.")
+@options.store
+@options.as_json
+def runs_command(store: Path | None, as_json: bool) -> None:
+    """Every run, oldest first: how far it is, and what it has on disk."""
+    with options.connect(store) as client:
+        runs, saved, sessions = client.runs(), client.checkpoints(), client.sessions()
+    newest = {session.run: session for session in sessions}
+    described = [_run(row, saved, newest.get(row.name)) for row in runs]
+    if as_json:
+        click.echo(render.document(described))
+    elif not described:
+        click.echo("no run yet")
+    else:
+        click.echo(runs_text(described, time.time()))
+
+
+@click.command("log", short_help="What happened, step by step.")
+@click.argument("run", required=False)
+@click.option("-n", "--last", type=click.IntRange(min=1), metavar="N", help="Only the last N events.")
+@options.store
+@options.as_json
+def log_command(run: str | None, last: int | None, store: Path | None, as_json: bool) -> None:
+    """The history of RUN, or of the whole store, oldest first. Nothing in it is ever changed."""
+    with options.connect(store) as client:
+        if run is not None:
+            client.run(run)
+        rows = client.events(run)
+    rows = rows if last is None else rows[-last:]
+    if as_json:
+        click.echo(render.document(rows))
+    elif not rows:
+        click.echo("nothing has happened yet")
+    else:
+        click.echo(log_text(rows, time.time(), with_run=run is None))
+
+
+def checkpoints_text(rows: list[CheckpointRow], now: float) -> str:
+    columns = (
+        Column("REF"),
+        Column("EPOCH", "right"),
+        Column("GENERATION", "right"),
+        Column("HASH"),
+        Column("SIZE", "right"),
+        Column("SAVED", "right"),
+        Column("WHY"),
+        Column("PINNED"),
+        Column("METRICS"),
+        Column("REMOVED"),
+    )
+    several = any(row.generation for row in rows)
+    cells = [
+        [
+            f"{row.run}@{row.step}",
+            str(row.epoch),
+            str(row.generation) if several else "",
+            row.hash[:12],
+            render.size(row.size),
+            render.ago(row.time, now),
+            row.reason,
+            "pinned" if row.pinned else "",
+            render.pairs(row.metrics),
+            "" if row.evicted is None else f"{row.evicted_reason} {render.ago(row.evicted, now)}",
+        ]
+        for row in rows
+    ]
+    return render.table(columns, cells)
+
+
+def runs_text(rows: list[dict[str, Any]], now: float) -> str:
+    columns = (
+        Column("RUN"),
+        Column("FROM"),
+        Column("STATUS"),
+        Column("STEP", "right"),
+        Column("EPOCH", "right"),
+        Column("GENERATION", "right"),
+        Column("CHECKPOINTS", "right"),
+        Column("ON DISK", "right"),
+        Column("CREATED", "right"),
+    )
+    several = any(row["generation"] for row in rows)
+    cells = [
+        [
+            row["name"],
+            ", ".join(parent for parent, _ in row["parents"]),
+            render.status(row["status"]),
+            str(row["step"]),
+            str(row["epoch"]),
+            str(row["generation"]) if several else "",
+            str(row["checkpoints"]),
+            render.size(row["size"]),
+            render.ago(row["created"], now),
+        ]
+        for row in rows
+    ]
+    return render.table(columns, cells)
+
+
+def log_text(rows: list[EventRow], now: float, *, with_run: bool) -> str:
+    columns = (Column("TIME"), Column("RUN"), Column("STEP", "right"), Column("EPOCH", "right"), Column("WHAT"))
+    cells = [
+        [
+            render.clock(row.time, now),
+            (row.run or "") if with_run else "",
+            "" if row.step is None else str(row.step),
+            "" if row.epoch is None else str(row.epoch),
+            describe(row),
+        ]
+        for row in rows
+    ]
+    return render.table(columns, cells)
+
+
+def describe(event: EventRow) -> str:
+    """An event in words. One whose kind is not known here is shown by its name and data."""
+    data = dict(event.data)
+    words = _WORDS.get(event.kind)
+    return words(data) if words is not None else _line(event.kind, data)
+
+
+def _line(text: str, data: Mapping[str, Any]) -> str:
+    shown = {name: item for name, item in data.items() if item is not None}
+    return f"{text}  {render.dim(render.pairs(shown))}" if shown else text
+
+
+def _started(data: dict[str, Any]) -> str:
+    return f"session {data.get('session', '')} {'resumed' if data.get('resumed') else 'started'}".replace("  ", " ")
+
+
+def _saved(data: dict[str, Any]) -> str:
+    words = [f"saved {str(data.get('hash', ''))[:12]}", render.size(data.get("size"))]
+    words += [f"({data['reason']})"] if data.get("reason") else []
+    words += ["pinned"] if data.get("pinned") else []
+    return " ".join(word for word in words if word) + _after(render.pairs(data.get("metrics") or {}))
+
+
+def _command(data: dict[str, Any]) -> str:
+    kind, changed = data.get("kind", "command"), data.get("changed")
+    if changed:
+        return f"{kind} " + ", ".join(
+            f"{c['name']} {render.value(c['before'])} -> {render.value(c['after'])}" for c in changed
+        )
+    arguments = {name: item for name, item in (data.get("arguments") or {}).items() if item not in (None, False)}
+    return f"{kind}{_after(render.pairs(arguments))}"
+
+
+def _tested(data: dict[str, Any]) -> str:
+    hidden = ("data", "path", "hash", "size", "step", "epoch", "seconds", "samples")
+    numbers = {name: item for name, item in data.items() if name not in hidden}
+    samples = f" on {data['samples']} samples" if "samples" in data else ""
+    return f"tested {data.get('data', '')}{samples}".rstrip() + _after(render.pairs(numbers))
+
+
+def _generation(data: dict[str, Any]) -> str:
+    base = data.get("base") or {}
+    origin = f", from {str(base['hash'])[:12]}" if base.get("hash") else ""
+    return f"new generation by {data.get('reason', 'a command')}: goes on at step {data.get('from')}{origin}"
+
+
+def _inexact(data: dict[str, Any]) -> str:
+    if "metric" not in data:
+        return _line("inexact", data)
+    return f"inexact: {data['metric']} was {data.get('recorded')!r}, came out as {data.get('repeated')!r} when repeated"
+
+
+def _lost(data: dict[str, Any]) -> str:
+    seconds = render.span(float(data.get("seconds") or 0))
+    lost = data.get("metrics") or 0
+    return f"the store could not be used for {seconds}; " + (f"{lost} records lost" if lost else "nothing was lost")
+
+
+_WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "sessionStarted": _started,
+    "newRun": lambda data: _line("new run", data),
+    "runTransition": lambda data: _line("went over to another run", data),
+    "finalizeRun": lambda data: "finished",
+    "sessionEnded": lambda data: f"session ended: {data.get('outcome', 'unknown')}",
+    "generation": _generation,
+    "command": _command,
+    "paused": lambda data: "paused",
+    "resumed": lambda data: "resumed",
+    "tested": _tested,
+    "checkpointSaved": _saved,
+    "checkpointEvicted": lambda data: f"removed {str(data.get('hash', ''))[:12]} ({data.get('reason', 'evicted')})",
+    "checkpointFailed": lambda data: f"a save failed: {data.get('message', '')}",
+    "inexact": _inexact,
+    "lost": _lost,
+    "storeUnavailable": _lost,
+}
+
+
+def _after(text: str) -> str:
+    return f"  {render.dim(text)}" if text else ""
+
+
+def _run(row: RunRow, saved: list[CheckpointRow], session: SessionRow | None) -> dict[str, Any]:
+    mine = [checkpoint for checkpoint in saved if checkpoint.run == row.name]
+    is_live = session is not None and session.ended is None
+    return {
+        **render.jsonable(row),
+        "status": session.status if session is not None and is_live else row.status,
+        "session": session.id if session is not None else None,
+        "step": session.step if session is not None else 0,
+        "epoch": session.epoch if session is not None else 0,
+        "checkpoints": len(mine),
+        "size": sum(checkpoint.size for checkpoint in mine),
+    }

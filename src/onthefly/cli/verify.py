@@ -1,0 +1,64 @@
+"""`onthefly verify`: train a recorded stretch again, and compare bit by bit."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onthefly.cli import options, render
+from onthefly.errors import InexactError
+
+if TYPE_CHECKING:
+    from onthefly.verification import Plan, Verification
+
+
+@click.command("verify", short_help="Prove that a run comes back bit for bit.")
+@click.argument("ref", required=False)
+@click.option("--to", metavar="REF", help="The checkpoint to end at. Default: the next one of that run.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Give up after this long.")
+@options.store
+@options.as_json
+def verify_command(ref: str | None, to: str | None, timeout: float | None, store: Path | None, as_json: bool) -> None:
+    """Start the recorded command line in a fresh process, train from the checkpoint REF to the next one of its run, and
+    compare the two content hashes. Nothing of the run or its store is touched.
+
+    Without REF it is the newest stretch of the store. When they differ it says in what, and the exit code is 8.
+    """
+    from onthefly import verification
+
+    with options.connect(store) as client:
+        plan = client.plan(ref, to)
+    waiting = nullcontext() if as_json else _waiting(plan)
+    with waiting:
+        found = verification.replay(plan, timeout=timeout)
+    click.echo(render.document(found) if as_json else text(found))
+    if not found.equal:
+        click.get_current_context().exit(InexactError.exit_code)
+
+
+def text(found: Verification) -> str:
+    """The verdict, and the two hashes one above the other."""
+    steps = found.end.step - found.start.step
+    commands = f", {found.commands} commands applied again" if found.commands else ""
+    lines = [
+        f"{found.run}: {steps} steps, from {found.start.step} to {found.end.step}{commands}, "
+        f"in a fresh process in {render.span(found.seconds)}",
+        f"recorded  {found.recorded_hash}",
+        f"replayed  {found.replayed_hash}",
+    ]
+    if found.equal:
+        return "\n".join([*lines, click.style("equal, bit for bit", fg="green", bold=True)])
+    lines.append(click.style("not equal", fg="red", bold=True))
+    lines += [f"  {line}" for line in found.differences]
+    lines += ["likely causes:", *(f"  {line}" for line in found.causes)]
+    return "\n".join(lines)
+
+
+def _waiting(plan: Plan) -> AbstractContextManager[Any]:
+    from rich.console import Console
+
+    message = f"training {plan.start.run} again, from step {plan.start.step} to {plan.end.step}"
+    return Console(stderr=True).status(message)
