@@ -142,6 +142,7 @@ class Session:
         self._begun = self._done = self._closed = False
         self._paused = False
         self._save_when_paused = False
+        self._due_save: str | None = None  # one that waits for pending gradients to be used
         self._leaving: tuple[str, int] | None = None
         self._epochs: int | None = None  # how many the loop that is under way was told to do
         self._attend_at = _NEVER
@@ -201,12 +202,10 @@ class Session:
             while True:
                 if loader.batch == 0:
                     self._boundary("epoch" if ended and self._config.ckpt_every_epoch else None)
-                if self.epoch >= n or self._steps_are_over():
+                if self._epochs_are_over() or self._steps_are_over():
                     break
                 yield self.epoch
-                ended = self.epoch < n and not self._steps_are_over()
-                if ended:
-                    self._end_epoch()
+                ended = self._end_epoch_if_done()
         finally:
             self._epochs = None
         self._finish()
@@ -216,22 +215,17 @@ class Session:
         if self._epochs is not None:
             yield from self._batches(self._needed_loader())
             return
-        loader, last = self._needed_loader(), self._config.max_epochs
-        while last is None or self.epoch < last:
+        loader = self._needed_loader()
+        ended = False
+        while True:
             if loader.batch == 0:
-                self._boundary()
-                if (last is not None and self.epoch >= last) or self._steps_are_over():
-                    break
-                if loader.batch == 0:
-                    loader.set_epoch(self.epoch)
-            yield from self._batches(loader)
-            if self._steps_are_over():
+                self._boundary("epoch" if ended and self._config.ckpt_every_epoch else None)
+            if self._epochs_are_over() or self._steps_are_over():
                 break
-            self._end_epoch()
-            if self._config.ckpt_every_epoch and (last is None or self.epoch < last):
-                self._boundary("epoch")
-        else:
-            self._boundary("epoch" if self._config.ckpt_every_epoch else None)
+            if loader.batch == 0:
+                loader.set_epoch(self.epoch)
+            yield from self._batches(loader)
+            ended = self._end_epoch_if_done()
         self._finish()
 
     def steps(self, n: int) -> Iterator[int]:
@@ -332,6 +326,7 @@ class Session:
         base = {"path": str(path), "hash": file.hash, "step": self.step, "epoch": self.epoch}
         self._history.begin_generation(self.step, self.epoch, reason, base)
         self._checkpointer.changed()
+        self._checkpointer.postpone()
         self._checkpointer.need([path])
         if path.parent != self._start.folder:  # not ours to keep: the new generation needs a beginning that stays
             self._try_save("load")
@@ -392,6 +387,13 @@ class Session:
         ):
             self._attend(save)
 
+    def _end_epoch_if_done(self) -> bool:
+        """Leave the epoch, unless the loop is over in the middle of it, or was taken to its end by a load."""
+        if self._epochs_are_over() or (self._steps_are_over() and not self._needed_loader().exhausted):
+            return False
+        self._end_epoch()
+        return True
+
     def _end_epoch(self) -> None:
         loader = self._needed_loader()
         loader.end_epoch()
@@ -432,6 +434,7 @@ class Session:
     def _attend(self, save: str | None) -> None:
         """Everything that happens at a boundary besides training."""
         self._gate.raised = False
+        self._due_save = save or self._due_save
         self._repeat_commands()
         if self._start.until is not None and self._start.until.reached(self.step, self.epoch):
             self._start.until.write(self._state)
@@ -443,10 +446,9 @@ class Session:
             if self._may_run(request, ready):
                 self._waiting.remove(request)
                 self._perform(request)
-        if not self._paused and ready:
-            due = self.step >= self._checkpointer.next_step or time.monotonic() >= self._checkpointer.next_time
-            if save or due:
-                self._try_save(save or "interval")
+        if not self._paused and ready and (reason := self._due_save or self._interval()):
+            self._due_save = None
+            self._try_save(reason)
         while self._paused and self._gate.signal is None:
             self._stand_still()
         if self._gate.signal is not None and (ready or self._paused):
@@ -455,6 +457,11 @@ class Session:
         if self._waiting or self._gate.signal is not None or not ready:
             self._gate.raised = True
         self._plan()
+
+    def _interval(self) -> str | None:
+        checkpointer = self._checkpointer
+        due = self.step >= checkpointer.next_step or time.monotonic() >= checkpointer.next_time
+        return "interval" if due else None
 
     def _ready(self) -> bool:
         """Whether no gradients are pending, or enough boundaries have passed waiting for it."""

@@ -185,7 +185,7 @@ def _resumed(about: _About, name: str) -> Start:
         run.generation,
         resumed=True,
         base=base,
-        needed=Path(run.base["path"]) if run.base else None,
+        needed=about.store.full_path(run.base["path"]) if run.base else None,
         kept=[_kept(row, about.config.best_metric) for row in rows if Path(row.path).exists()],
         again=again,
     )

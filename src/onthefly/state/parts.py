@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from onthefly.errors import CorruptCheckpointError, StateMismatchError, UnsupportedValueError
 from onthefly.state import rng
@@ -76,7 +76,7 @@ class _ModulePart:
             return {self._plain(name): value for name, value in self._module.state_dict().items()}
         return {
             # One without a shape yet is given as it is, to be refused under its name by what stores it.
-            self._plain(name): tensor if isinstance(tensor, UninitializedTensorMixin) else tensor.detach()
+            self._plain(name): tensor if is_lazy(tensor) else tensor.detach()
             for name, tensor in self._own_tensors().items()
         }
 
@@ -90,7 +90,9 @@ class _ModulePart:
                 check_tensor(own[name], stored[plain], f"{path}/{plain}")
                 first = tied.setdefault(id(own[name]), plain)
                 if not _same_bits(stored[first], stored[plain]):
-                    raise StateMismatchError(f"{path}: {first} and {plain} are tied, but stored with values that differ")
+                    raise StateMismatchError(
+                        f"{path}: {first} and {plain} are tied, but stored with values that differ"
+                    )
 
     def apply(self, stored: Any) -> None:
         if self.can_refuse:
@@ -210,9 +212,7 @@ def _check_is_optimizer(stored: Any, path: str) -> None:
             raise CorruptCheckpointError(f"{path}/state/{index}: it is no entry of a parameter")
 
 
-def _put_entry(
-    mine: dict[str, Any], entry: Mapping[str, Any], device: torch.device, group: Mapping[str, Any]
-) -> None:
+def _put_entry(mine: dict[str, Any], entry: Mapping[str, Any], device: torch.device, group: Mapping[str, Any]) -> None:
     for key in [key for key in mine if key not in entry]:
         del mine[key]
     for key, value in entry.items():
@@ -281,7 +281,7 @@ class _GeneratorPart:
 
 
 def describe(tensor: torch.Tensor) -> str:
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         return "a tensor without a shape yet"
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
@@ -302,7 +302,7 @@ def check_same_names(live: Mapping[str, Any], stored: Any, path: str) -> None:
 
 def check_tensor(live: torch.Tensor, stored: Any, path: str) -> None:
     """Raises `StateMismatchError` when `copy_all` could not put the stored value into the live tensor."""
-    if isinstance(live, UninitializedTensorMixin):
+    if is_lazy(live):
         raise StateMismatchError(f"{path}: the live parameter has no shape yet; run one batch through the module first")
     if not isinstance(stored, torch.Tensor) or stored.shape != live.shape or stored.dtype != live.dtype:
         found = describe(stored) if isinstance(stored, torch.Tensor) else type(stored).__name__

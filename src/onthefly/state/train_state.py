@@ -210,7 +210,7 @@ class TrainState:
 
 def _named(name: str, value: Any) -> Iterable[tuple[str, Any]]:
     """The objects in a mapping of several, each under its whole name."""
-    if not name or "/" in name.removeprefix("/"):
+    if not name or "/" in name:
         raise UnsupportedValueError(f"{name!r} cannot name a part of the train state: it is empty or contains '/'")
     if not isinstance(value, Mapping) or hasattr(value, "state_dict"):
         return [(name, value)]

@@ -1,0 +1,184 @@
+"""The law: a run that was killed, and resumed by a new process, is the run that never stopped, bit for bit.
+
+    python tests/exactness/exactness_law.py CASE      checks one case, such as epochs/2p/shuffle/own/adamw/every=6/kills=8,11
+"""
+
+import itertools
+import json
+import multiprocessing
+import random
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from exactness_cells import ACCUMULATE, FACTORS, PER_EPOCH, STEPS, Cell, Order, run
+
+STOPS = {"first": 1, "middle": PER_EPOCH + PER_EPOCH // 2, "last": 2 * PER_EPOCH, "next": PER_EPOCH + 1}
+_PATIENCE = 120  # seconds for a process of a second; one that hangs must not hang the suite
+
+# A process that is forked from one that has torch needs no 1.7 s to import it.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["onthefly.session", "onthefly.trainer", "onthefly.client", "sqlalchemy.dialects.sqlite"])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cell, the steps between its checkpoints, and the batches (of the run, from 1) in which it is killed."""
+
+    cell: Cell
+    every: int | None
+    kills: tuple[int, ...]
+
+    def __str__(self):
+        return f"{self.cell}/every={self.every or 0}/kills={','.join(map(str, self.kills))}"
+
+    @classmethod
+    def parse(cls, text):
+        *values, every, kills = text.split("/")
+        cell = Cell(*values)
+        wrong = [value for name, values in FACTORS.items() if (value := getattr(cell, name)) not in values]
+        if wrong or not cell.is_possible:
+            raise ValueError(f"no such cell: {cell} ({', '.join(wrong)})")
+        numbers = tuple(map(int, kills.removeprefix("kills=").split(",")))
+        return cls(cell, int(every.removeprefix("every=")) or None, numbers)
+
+    def resumes(self):
+        """At which step each process after the first has to begin."""
+        begun = 0
+        for kill in self.kills:
+            begun = saved_last(self.cell, self.every, begun, kill)
+            yield begun
+
+
+def saved_last(cell, every, begun, kill):
+    """The step of the newest checkpoint of a process that began at one step, and was killed in another's batch."""
+    newest, due = begun, (begun // every + 1) * every if every else STEPS
+    for step in range(begun, kill):  # the boundaries that it saw; it is killed behind that of `kill - 1` batches
+        if step >= due and not gradients_are_pending(cell, step):
+            newest, due = step, (step // every + 1) * every
+    return newest
+
+
+def gradients_are_pending(cell, step):
+    if cell.optimisation != "accumulate":
+        return False
+    within = step if cell.loop in ("flat", "steps") else step % PER_EPOCH  # these two know of no epochs
+    return within % ACCUMULATE != 0
+
+
+def case_of(cell, stop, rng):
+    """A case that is stopped at a place of `STOPS`, or at a random step, and killed at once or a few batches later."""
+    step = STOPS[stop] if stop in STOPS else rng.randrange(1, STEPS)
+    while gradients_are_pending(cell, step):
+        step += 1
+    return Case(cell, step, (min(step + rng.choice((1, 1, 2, 3)), STEPS),))
+
+
+def random_cases(rng, count):
+    """Cases of any kind: random cells, checkpoints at random distances, and one to three kills."""
+    for _ in range(count):
+        while not (cell := Cell(*(rng.choice(values) for values in FACTORS.values()))).is_possible:
+            pass
+        kills = sorted(rng.sample(range(1, STEPS + 1), rng.choice((1, 1, 2, 3))))
+        yield Case(cell, rng.choice((None, *range(1, STEPS))), tuple(kills))
+
+
+# -- processes -------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """A training that is under way."""
+
+    def __init__(self, order):
+        self.order = order
+        self._process = _processes.Process(target=run, args=(order,))
+        self._process.start()
+
+    def lines(self):
+        """Its trace, once it has ended as it should: killed if it was to be killed, and well if not."""
+        self._process.join(_PATIENCE)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+            raise AssertionError(f"a process hung; {self._said()}")
+        code, expected = self._process.exitcode, -9 if self.order.kill or self.order.kill_at else 0
+        assert code == expected, f"a process ended with {code}, not {expected}; {self._said()}"
+        trace = Path(self.order.trace)
+        return [json.loads(line) for line in trace.read_text().splitlines()] if trace.exists() else []
+
+    def _said(self):
+        return f"it said:\n{Path(self.order.trace).with_suffix('.out').read_text()}"
+
+
+def start(cell, folder, name, **options):
+    """Start a training whose store is `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Process(Order(cell, str(folder), str(folder.parent / f"{folder.name}-{name}.trace"), **options))
+
+
+# -- the law ---------------------------------------------------------------------------------------------------
+
+
+def check(case, folder):
+    """Raises `AssertionError`, naming the first difference, and how to check this case alone."""
+    try:
+        whole = start(case.cell, folder / "whole", "0")
+        parts = killed_and_resumed(case, folder / "stopped")
+        assert_same_run(case.cell, whole.lines(), parts, list(case.resumes()))
+    except AssertionError as e:
+        raise AssertionError(f"{e}\nto check this case alone: {sys.executable} {__file__} {case}") from None
+
+
+def killed_and_resumed(case, folder):
+    """The traces of all the processes that a run took."""
+    parts, begun = [], 0
+    for number, (kill, resumed) in enumerate(zip(case.kills, case.resumes(), strict=True)):
+        parts.append(start(case.cell, folder, number, every=case.every, kill=kill - begun, **process(number)).lines())
+        begun = resumed
+    number = len(case.kills)
+    return [*parts, start(case.cell, folder, number, every=case.every, **process(number)).lines()]
+
+
+def process(number):
+    """A later process has other random numbers at first: what it does not restore cannot be right by chance."""
+    return {"resumed": number > 0, "seed": 1 + number}
+
+
+def assert_same_run(cell, whole, parts, resumes):
+    """Every process's batches, and the end, are those of the run that never stopped."""
+    *batches, end = whole
+    assert len(batches) == STEPS, f"the run that never stopped had {len(batches)} batches, not {STEPS}"
+    what = ("indices",) if cell.is_announced else ("indices", "inputs", "loss")
+    *killed, (*rest, last) = parts
+    for begun, part in zip([0, *resumes], [*killed, rest], strict=True):
+        for step, (mine, other) in enumerate(zip(batches[begun:], part, strict=False), begun + 1):
+            for key in what:
+                assert other[key] == mine[key], differs(f"{key} of step {step}", mine[key], other[key])
+    begun = (0, *resumes)[-1]
+    assert len(rest) == STEPS - begun, f"the last process had {len(rest)} batches; from step {begun} there were {STEPS - begun}"
+    if cell.is_announced:
+        assert any("dataset.noise" in reason for reason in last["inexact"]), "nobody said that this cell is inexact"
+        return
+    assert last["inexact"] == end["inexact"] == [], f"this cell is said to be inexact: {last['inexact']}"
+    assert last["differences"] == 0, "the session itself found that repeated steps came out otherwise"
+    for part in ("logged", "live", "checkpoint"):
+        assert_same_leaves(part, end[part], last[part])
+    assert last["step"] == STEPS, f"the newest checkpoint is of step {last['step']}, not of the last, {STEPS}"
+    assert last["hash"] == end["hash"], "the last checkpoints differ, though none of their leaves does"
+
+
+def assert_same_leaves(part, mine, other):
+    for leaf in {**mine, **other}:
+        assert mine.get(leaf) == other.get(leaf), differs(f"{part}: {leaf}", mine.get(leaf), other.get(leaf))
+
+
+def differs(what, mine, other):
+    return f"first difference: {what} is {mine} in the run that never stopped, {other} in the other"
+
+
+if __name__ == "__main__":
+    for text in sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as place:
+            check(Case.parse(text), Path(place))
+        print(f"{text}: exact")
