@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test lint clean
+.PHONY: test test-long lint bench clean
 
 # The stamp is remade when what it was made from changes.
 .venv/stamp: pyproject.toml constraints.txt
@@ -17,6 +17,15 @@ lint: .venv/stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The full random matrix of exactness, in as many cells as ONTHEFLY_CELLS says.
+test-long: .venv/stamp
+	$(BIN)/python -m pytest -q -m long $(TEST_ARGS)
+
+# Every benchmark runs, also after one has missed its target.
+bench: .venv/stamp
+	@failed=0; for name in start_up log_call step_overhead pause_latency save_load; do \
+		$(BIN)/python benchmarks/$$name.py || failed=1; done; exit $$failed
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage

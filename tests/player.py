@@ -45,7 +45,7 @@ class Player:
         self.event("sessionStarted", session=self.id, resumed=resumed is not None)
         self.tell()
 
-    def event(self, kind, **data):
+    def event(self, kind, /, **data):
         about = {"run": self.run, "generation": self.generation, "step": self.step, "epoch": self.epoch}
         self.journal.fact("event", {"event": kind, **about, "time": time.time(), "data": data})
 

@@ -51,7 +51,6 @@ from onthefly.state.loader import END, ExactLoader
 from onthefly.state.train_state import TrainState, Value
 
 _PATIENCE = 64  # boundaries that a command waits for pending gradients to be used
-_NEVER = float("inf")
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Session:
         self._watch = GradientWatch(state.optimizers, lambda: self.step)
         self._signals = Signals(self._gate)
         self._checkpointer = Checkpointer(state, begun.folder, self._history, self._config, begun.kept)
-        self._recorder = Recorder(begun.store, begun.session, begun.journal, self._gate, self._status)
+        self._recorder = Recorder(begun.store, begun.session, begun.journal, self._gate, self._status, self._is_due)
         self._log = logging.getLogger("onthefly")
         self._pid = os.getpid()
         self._value: Value | None = None  # of the checkpoint that is being resumed from, until the first boundary
@@ -145,7 +144,9 @@ class Session:
         self._due_save: str | None = None  # one that waits for pending gradients to be used
         self._leaving: tuple[str, int] | None = None
         self._epochs: int | None = None  # how many the loop that is under way was told to do
-        self._attend_at = _NEVER
+        self._attend_at: float = (
+            0  # the next step whose boundary has something to do, whether or not the gate is raised
+        )
         try:
             self._restore()
         except BaseException:
@@ -156,7 +157,6 @@ class Session:
         if self._config.handle_signals:
             self._signals.install()
         atexit.register(self._close_at_exit)
-        self._plan()
 
     # -- for the training loop ---------------------------------------------------------------------------------
 
@@ -363,10 +363,11 @@ class Session:
     # -- iterating ---------------------------------------------------------------------------------------------
 
     def _batches(self, loader: ExactLoader) -> Iterator[Any]:
-        counters = self._counters
+        counters, gate = self._counters, self._gate
         while not loader.exhausted:
-            if loader.batch:  # before the first batch, whoever called has been at the boundary
-                self._boundary()
+            # Before an epoch's first batch, whoever called has been at the boundary. This line is what a step costs.
+            if loader.batch and (gate.raised or counters["step"] >= self._attend_at):  # type: ignore[operator]
+                self._attend()
                 if self._steps_are_over() or self._epochs_are_over():
                     return
             batch = loader.next()
@@ -376,15 +377,7 @@ class Session:
             yield batch
 
     def _boundary(self, save: str | None = None) -> None:
-        if not self._begun:
-            self._begin()
-        checkpointer = self._checkpointer
-        if (
-            self._gate.raised
-            or save is not None
-            or self.step >= self._attend_at
-            or time.monotonic() >= checkpointer.next_time
-        ):
+        if save is not None or self._gate.raised or self.step >= self._attend_at:
             self._attend(save)
 
     def _end_epoch_if_done(self) -> bool:
@@ -431,8 +424,10 @@ class Session:
                 self._checkpointer.save("origin")
         self.record("sessionStarted", session=self._start.session, resumed=self._start.resumed)
 
-    def _attend(self, save: str | None) -> None:
+    def _attend(self, save: str | None = None) -> None:
         """Everything that happens at a boundary besides training."""
+        if not self._begun:
+            self._begin()
         self._gate.raised = False
         self._due_save = save or self._due_save
         self._repeat_commands()
@@ -459,9 +454,11 @@ class Session:
         self._plan()
 
     def _interval(self) -> str | None:
-        checkpointer = self._checkpointer
-        due = self.step >= checkpointer.next_step or time.monotonic() >= checkpointer.next_time
-        return "interval" if due else None
+        return "interval" if self.step >= self._checkpointer.next_step or self._is_due() else None
+
+    def _is_due(self) -> bool:
+        """Whether the minutes between checkpoints are over. The recorder looks; a step does not read the clock for it."""
+        return time.monotonic() >= self._checkpointer.next_time
 
     def _ready(self) -> bool:
         """Whether no gradients are pending, or enough boundaries have passed waiting for it."""
@@ -500,6 +497,7 @@ class Session:
             self._history.result(request.id, step, epoch, error=_error(e, message, 6))
         else:
             self._history.result(request.id, step, epoch, result=result)
+        self._recorder.hurry()
         if self._leaving is not None:
             self._leave(*self._leaving)
 
@@ -521,6 +519,8 @@ class Session:
         steps += [due.step for due in self._again[:1]]
         if self._start.until is not None:
             steps.append(self._start.until.step)
+        if self._config.max_steps is not None:
+            steps.append(self._config.max_steps)
         self._attend_at = min(steps)
 
     def _try_save(self, reason: str) -> None:

@@ -93,7 +93,7 @@ def test_what_is_written_is_read(tmp_path, tensors):
 
 @pytest.mark.parametrize(
     ("chunks", "count"),
-    [*((chunks, count) for chunks in (0, 1) for count in (0, 1, 4095, 4096, 4097)), (4, 1), (4, 4096)],
+    [*((chunks, count) for chunks in (0, 1) for count in (0, 1, 4095, 4096, 4097)), (4, 1)],
 )
 def test_sizes_around_the_ends_of_blocks_and_chunks(tmp_path, chunks, count):
     tensors = {"a": random_bytes(max(0, chunks * CHUNK - 2)), "b": random_bytes(count, seed=1), "c": random_bytes(1)}
@@ -391,7 +391,7 @@ for child in range(kills):
 
 
 def test_processes_killed_while_saving_leave_whole_files_and_strays_that_can_be_removed(tmp_path):
-    kills = 10
+    kills = 8
     subprocess.run([sys.executable, "-c", KILLED_MANY_TIMES, str(tmp_path), str(kills)], check=True)
     strays = [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     assert strays, "no kill met a save in the middle"

@@ -5,11 +5,12 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onthefly.checkpoints.retention import ORIGIN, Candidate, evict
 
+unhurried = settings(deadline=None)  # the machine may be busy
 metrics = st.none() | st.floats() | st.sampled_from([0.0, 0.5, 1.0])
 
 
@@ -81,6 +82,7 @@ def test_a_negative_number_to_keep_is_refused():
         evict([], keep=-1)
 
 
+@unhurried
 @given(several(), keeps)
 def test_the_protected_never_go(candidates, keep):
     for gone in evict(candidates, keep):
@@ -89,6 +91,7 @@ def test_the_protected_never_go(candidates, keep):
         assert gone.reason != ORIGIN
 
 
+@unhurried
 @given(several(), keeps)
 def test_the_newest_never_go_and_everything_that_stays_has_a_reason(candidates, keep):
     gone = ids(evict(candidates, keep))
@@ -102,6 +105,7 @@ def test_the_newest_never_go_and_everything_that_stays_has_a_reason(candidates, 
     assert [c.metric for c in unexplained] in ([], [lowest])
 
 
+@unhurried
 @given(several(), keeps)
 def test_the_best_never_goes(candidates, keep):
     finite = [c.metric for c in candidates if c.metric is not None and math.isfinite(c.metric)]
@@ -109,6 +113,7 @@ def test_the_best_never_goes(candidates, keep):
     assert not finite or min(finite) in [c.metric for c in kept]
 
 
+@unhurried
 @given(several(), keeps, st.randoms())
 def test_the_order_of_the_list_does_not_matter_and_the_oldest_go_first(candidates, keep, shuffler: random.Random):
     shuffled = list(candidates)
@@ -118,12 +123,14 @@ def test_the_order_of_the_list_does_not_matter_and_the_oldest_go_first(candidate
     assert [c.order for c in gone] == sorted(c.order for c in gone)
 
 
+@unhurried
 @given(several(), keeps)
 def test_a_second_time_nothing_more_goes(candidates, keep):
     gone = ids(evict(candidates, keep))
     assert evict([c for c in candidates if c.id not in gone], keep) == []
 
 
+@unhurried
 @given(several(), keeps)
 def test_keeping_more_never_evicts_more(candidates, keep):
     assert set(ids(evict(candidates, keep + 1))) <= set(ids(evict(candidates, keep)))

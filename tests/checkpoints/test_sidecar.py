@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from onthefly.checkpoints import describe
@@ -28,6 +28,7 @@ from onthefly.errors import CheckpointWriteError
 runs = st.text(min_size=1).filter(lambda run: not run.startswith(".") and not set("/\0") & set(run))
 awkward = st.from_regex(r"[ab](-g[0-9]{1,2}|-step[0-9]{7,9}|\.safetensors|-){0,4}", fullmatch=True)
 numbers = st.integers(0, 10**10)
+unhurried = settings(deadline=None)  # the machine may be busy
 
 
 @pytest.fixture
@@ -52,11 +53,13 @@ def test_names_are_as_documented():
     assert name_for("x-g2", 5) == "x-g2-g0-step00000005.safetensors"
 
 
+@unhurried
 @given(run=runs | awkward, generation=st.integers(0, 3) | numbers, step=st.integers(0, 10) | numbers)
 def test_a_name_is_parsed_to_what_it_was_made_from(run, generation, step):
     assert parse_name(name_for(run, step, generation)) == (run, generation, step)
 
 
+@unhurried
 @given(st.text() | st.tuples(runs | awkward, numbers).map(lambda p: f"{p[0]}-step{p[1]:08d}.safetensors"))
 def test_whatever_is_parsed_is_the_name_of_that(filename):
     parsed = parse_name(filename)
@@ -65,6 +68,7 @@ def test_whatever_is_parsed_is_the_name_of_that(filename):
         assert name_for(run, step, generation) == filename
 
 
+@unhurried
 @given(a=st.tuples(runs | awkward, numbers, numbers), b=st.tuples(runs | awkward, numbers, numbers))
 def test_two_checkpoints_never_share_a_name(a, b):
     assume(a != b)

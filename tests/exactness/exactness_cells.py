@@ -6,6 +6,7 @@ batch (sample indices, hash of the inputs, loss), and one at the end with the ha
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -418,6 +419,8 @@ def run(order):
     sys.stdout.flush(), sys.stderr.flush()
     os.dup2(output, 1), os.dup2(output, 2)
     torch.set_num_threads(1)
+    # Else loader workers came from the fork server, too: each one anew, and alive after their trainer was killed.
+    multiprocessing.set_start_method("fork", force=True)
     trace = Trace(order.trace, order.kill)
     training = Training(order.cell, order.seed, trace)
     if not order.attached:

@@ -17,9 +17,9 @@ from exactness_cells import ACCUMULATE, FACTORS, PER_EPOCH, STEPS, Cell, Order, 
 STOPS = {"first": 1, "middle": PER_EPOCH + PER_EPOCH // 2, "last": 2 * PER_EPOCH, "next": PER_EPOCH + 1}
 _PATIENCE = 120  # seconds for a process of a second; one that hangs must not hang the suite
 
-# A process that is forked from one that has torch needs no 1.7 s to import it.
+# A process that is forked from one that has torch needs no 1.7 s to import it (and 1 s for what the first optimizer imports).
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["onthefly.session", "onthefly.trainer", "onthefly.client", "sqlalchemy.dialects.sqlite"])
+_processes.set_forkserver_preload(["torch._dynamo", "onthefly.trainer", "sqlalchemy.dialects.sqlite"])
 
 
 @dataclass(frozen=True)

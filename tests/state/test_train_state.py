@@ -16,6 +16,15 @@ from onthefly.state.train_state import TrainState
 from onthefly.state.tree import flatten, unflatten
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models are so small that threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def stored(state, **options):
     """What a file gives back: through JSON, and in memory of its own."""
     tree, tensors = flatten(state.capture(**options))

@@ -6,6 +6,7 @@ import pytest
 from onthefly.store import queries
 from onthefly.store.journal import Journal
 from onthefly.store.projection import FULL, project
+from onthefly.store.store import Store
 
 
 @pytest.fixture
@@ -109,8 +110,6 @@ def test_events_are_in_the_order_of_all_facts(told):
 
 
 def test_a_store_that_was_moved_tells_the_new_paths(told, tmp_path):
-    from onthefly.store.store import Store
-
     before = [row.path.name for row in queries.checkpoints(told)]
     told.close()
     told.root.rename(tmp_path / "moved")

@@ -16,7 +16,7 @@ from typing import Any
 
 from onthefly.checkpoints.format import Written, open_checkpoint, write
 from onthefly.checkpoints.sidecar import Sidecar, parse_name, write_sidecar
-from onthefly.errors import CheckpointWriteError, CorruptCheckpointError
+from onthefly.errors import CheckpointWriteError, CorruptCheckpointError, StateMismatchError
 from onthefly.state.train_state import Number, TrainState
 from onthefly.state.tree import flatten, unflatten
 
@@ -68,8 +68,8 @@ def load_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any] | Tra
     try:
         value = unflatten(file.tree, file.tensors)
         live.restore(value)
-    except CorruptCheckpointError as e:
-        raise CorruptCheckpointError(f"{file.path}: {e}") from e
+    except (CorruptCheckpointError, StateMismatchError) as e:
+        raise type(e)(f"{file.path}: {e}") from e
     return dict(value["counters"])
 
 

@@ -33,16 +33,21 @@ class Recorder:
     and it is carried over when the database is back, or by whoever opens the store after this process has died.
     """
 
-    def __init__(self, store: Store, session: int, journal: Journal, gate: Gate, status: Status) -> None:
+    def __init__(
+        self, store: Store, session: int, journal: Journal, gate: Gate, status: Status, is_due: Callable[[], bool]
+    ) -> None:
         self._store = store
         self._session = session
         self._journal = journal
         self._gate = gate
         self._status = status
+        self._is_due = is_due  # a checkpoint is: the gate is raised for it
         self._seen: set[str] = set()
         self._deferred: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._outside = threading.Lock()  # held while the database is in use; os.fork waits for it
-        self._stop = threading.Event()
+        self._stop = False
+        self._awake = threading.Event()
+        self._urgent = False
         self._unusable_since: float | None = None
         self.on_outage: Callable[[float, int], None] = lambda seconds, lost: None
         self._lost = 0
@@ -57,9 +62,15 @@ class Recorder:
         """Run something short on this thread, such as reading a device tensor."""
         self._deferred.put(task)
 
+    def hurry(self) -> None:
+        """Somebody waits for what was just written down."""
+        self._urgent = True
+        self._awake.set()
+
     def close(self, timeout: float = 10.0) -> None:
         """Stop, after one last carrying over. What the database did not take stays in the journal."""
-        self._stop.set()
+        self._stop = True
+        self._awake.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
 
@@ -70,8 +81,11 @@ class Recorder:
         flushed = beat = 0.0
         carried = -1
         while True:
-            last = self._stop.is_set()
+            self._awake.clear()
+            last, urgent, self._urgent = self._stop, self._urgent, False
             self._run_deferred()
+            if self._is_due():
+                self._gate.raised = True
             now = time.monotonic()
             try:
                 with self._outside:
@@ -80,7 +94,9 @@ class Recorder:
                         self._take_commands()
                     elif watch.changed():
                         self._take_commands()
-                    if (now - flushed >= _FLUSH or last) and (self._journal.seq != carried or self._journal.failing):
+                    if (now - flushed >= _FLUSH or last or urgent) and (
+                        self._journal.seq != carried or self._journal.failing
+                    ):
                         carried, flushed = self._journal.seq, now
                         project(self._store, self._session)
                     if now - beat >= _HEARTBEAT or last:
@@ -96,12 +112,12 @@ class Recorder:
                 self._unusable(now, e)
                 if last:
                     return
-                self._stop.wait(_RETRY)
+                self._awake.wait(_RETRY)
                 continue
             if last:
                 watch.close()
                 return
-            self._stop.wait(_POLL)
+            self._awake.wait(_POLL)
 
     def _take_commands(self) -> None:
         for row in self._store.queued_commands(self._session):

@@ -5,7 +5,6 @@ A launch is a JSON value: ``{"argv", "executable", "cwd", "attach", "hash_seed"}
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -30,9 +29,7 @@ def record(attach: int = 1) -> dict[str, Any] | None:
     """
     argv = list(sys.orig_argv)
     kind, place = _entry(argv)
-    if kind in ("none", "stdin") or not sys.executable or _is_interactive():
-        return None
-    if multiprocessing.parent_process() is not None:
+    if kind in ("none", "stdin") or not sys.executable or _is_interactive() or _is_child():
         return None
     cwd = Path.cwd()
     if kind == "script":
@@ -122,6 +119,12 @@ def _entry(argv: Sequence[str]) -> tuple[str, int]:
 
 def _is_interactive() -> bool:
     return bool(sys.flags.interactive) or hasattr(sys, "ps1") or "ipykernel" in sys.modules
+
+
+def _is_child() -> bool:
+    from multiprocessing import parent_process  # takes a while to load, and only a training process asks
+
+    return parent_process() is not None
 
 
 def _where_started(cwd: Path, script: str) -> tuple[Path, str]:
