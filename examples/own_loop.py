@@ -1,6 +1,6 @@
 """Your own loop, steered. The lines that OnTheFly needs are marked with `# <-`; everything else is plain PyTorch.
 
-python examples/own_loop.py            then, in a second terminal:  onthefly watch
+python examples/own_loop.py --epochs 600            then, in a second terminal:  onthefly watch
 """
 
 import argparse

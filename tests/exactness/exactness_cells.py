@@ -258,9 +258,7 @@ class Training:
         validation = [(samples.inputs[i : i + 8], torch.stack([samples.classes[i : i + 8]] * 2, 1)) for i in (0, 8, 16)]
         # A loader of the user's draws a seed at each pass; what a Trainer validates on leaves no trace.
         self.validation = validation if cell.loop == "trainer" else DataLoader(samples, batch_size=8)
-        self.model = nn.Sequential(
-            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3)
-        )
+        self.model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
         self.optimizer = self._optimizer()
         self.scheduler = self._scheduler()
         self.ema = None
@@ -327,9 +325,8 @@ class Training:
     def validate(self, log):
         """An epoch's end in a loop of the user's own."""
         self.model.eval()
-        with torch.no_grad():
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.cell.optimisation == "bf16"):
-                losses = [self.loss_fn(self.model(x), y).item() * len(y) for x, y in self.validation]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.cell.optimisation == "bf16"):
+            losses = [self.loss_fn(self.model(x), y).item() * len(y) for x, y in self.validation]
         self.model.train()
         mean = sum(losses) / SAMPLES
         log(val_loss=mean)
@@ -390,9 +387,7 @@ def train_attached(training, config, kill_at):
         )
         return
     parts = (training.model, training.optimizer)
-    with onthefly.attach(
-        *parts, scheduler=training.scheduler, train_loader=training.loader, config=config
-    ) as session:
+    with onthefly.attach(*parts, scheduler=training.scheduler, train_loader=training.loader, config=config) as session:
         session.track(**training.tracked)
         if kill_at == "attached":
             die()

@@ -1,20 +1,21 @@
 """The law: a run that was killed, and resumed by a new process, is the run that never stopped, bit for bit.
 
-    python tests/exactness/exactness_law.py CASE      checks one case, such as epochs/2p/shuffle/own/adamw/every=6/kills=8,11
+python tests/exactness/exactness_law.py CASE      checks one case, such as epochs/2p/shuffle/own/adamw/every=6/kills=8,11
 """
 
-import itertools
 import json
 import multiprocessing
+import os
 import random
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from exactness_cells import ACCUMULATE, FACTORS, PER_EPOCH, STEPS, Cell, Order, run
 
 STOPS = {"first": 1, "middle": PER_EPOCH + PER_EPOCH // 2, "last": 2 * PER_EPOCH, "next": PER_EPOCH + 1}
+SEED = int(os.environ.get("ONTHEFLY_SEED") or random.randrange(10**6))
 _PATIENCE = 120  # seconds for a process of a second; one that hangs must not hang the suite
 
 # A process that is forked from one that has torch needs no 1.7 s to import it (and 1 s for what the first optimizer imports).
@@ -122,12 +123,34 @@ def start(cell, folder, name, **options):
 
 def check(case, folder):
     """Raises `AssertionError`, naming the first difference, and how to check this case alone."""
+    cell = case.cell
     try:
-        whole = start(case.cell, folder / "whole", "0")
+        whole = start(cell, folder / "whole", 0)
+        # Loader workers seed samples by their position, which no plain loop does.
+        plain = start(cell, folder / "plain", 0, attached=False) if cell.workers == "0" else None
         parts = killed_and_resumed(case, folder / "stopped")
-        assert_same_run(case.cell, whole.lines(), parts, list(case.resumes()))
+        never_stopped = whole.lines()
+        if plain is not None:
+            assert_same_as_plain(plain.lines(), never_stopped)
+        assert_same_run(cell, never_stopped, parts, list(case.resumes()))
     except AssertionError as e:
         raise AssertionError(f"{e}\nto check this case alone: {sys.executable} {__file__} {case}") from None
+
+
+def check_plain(cell, folder, **options):
+    """An attached run is the plain loop."""
+    attached, plain = start(cell, folder / "whole", 0, **options), start(cell, folder / "plain", 0, attached=False)
+    assert_same_as_plain(plain.lines(), attached.lines())
+
+
+def check_killed_at(cell, moment, folder):
+    """A run that was killed between `attach` and its first step, or between its last and the session's end."""
+    whole, killed = start(cell, folder / "whole", 0), start(cell, folder / "stopped", 0, kill_at=moment)
+    before = killed.lines()
+    # Before its first step a run has no checkpoint: it begins anew, from the objects as the script makes them.
+    seed = 1 if moment == "attached" else 2
+    after = start(cell, folder / "stopped", 1, resumed=True, seed=seed).lines()
+    assert_same_run(cell, whole.lines(), [before, after], [0 if moment == "attached" else STEPS])
 
 
 def killed_and_resumed(case, folder):
@@ -145,6 +168,14 @@ def process(number):
     return {"resumed": number > 0, "seed": 1 + number}
 
 
+def assert_same_as_plain(plain, attached):
+    assert len(plain) == len(attached) == STEPS + 1
+    for step, (mine, other) in enumerate(zip(plain[:-1], attached[:-1], strict=True), 1):
+        for key in mine:
+            assert other[key] == mine[key], differs(f"{key} of step {step}", mine[key], other[key], "plain loop")
+    assert_same_leaves("live", plain[-1]["live"], attached[-1]["live"], "plain loop")
+
+
 def assert_same_run(cell, whole, parts, resumes):
     """Every process's batches, and the end, are those of the run that never stopped."""
     *batches, end = whole
@@ -156,7 +187,9 @@ def assert_same_run(cell, whole, parts, resumes):
             for key in what:
                 assert other[key] == mine[key], differs(f"{key} of step {step}", mine[key], other[key])
     begun = (0, *resumes)[-1]
-    assert len(rest) == STEPS - begun, f"the last process had {len(rest)} batches; from step {begun} there were {STEPS - begun}"
+    assert len(rest) == STEPS - begun, (
+        f"the last process had {len(rest)} batches; from step {begun} there were {STEPS - begun}"
+    )
     if cell.is_announced:
         assert any("dataset.noise" in reason for reason in last["inexact"]), "nobody said that this cell is inexact"
         return
@@ -168,13 +201,13 @@ def assert_same_run(cell, whole, parts, resumes):
     assert last["hash"] == end["hash"], "the last checkpoints differ, though none of their leaves does"
 
 
-def assert_same_leaves(part, mine, other):
+def assert_same_leaves(part, mine, other, whose="run that never stopped"):
     for leaf in {**mine, **other}:
-        assert mine.get(leaf) == other.get(leaf), differs(f"{part}: {leaf}", mine.get(leaf), other.get(leaf))
+        assert mine.get(leaf) == other.get(leaf), differs(f"{part}: {leaf}", mine.get(leaf), other.get(leaf), whose)
 
 
-def differs(what, mine, other):
-    return f"first difference: {what} is {mine} in the run that never stopped, {other} in the other"
+def differs(what, mine, other, whose="run that never stopped"):
+    return f"first difference: {what} is {mine} in the {whose}, and {other} in the other"
 
 
 if __name__ == "__main__":

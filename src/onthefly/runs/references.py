@@ -11,6 +11,7 @@ rows it is given.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def parse(text: str) -> Reference:
     if not text or text != text.strip():
         raise UnknownReferenceError(f"{text!r} names nothing; a REF is {NOTATION}")
     if "/" in text or text.startswith("~") or text.endswith(_SUFFIX):
-        return Reference(text, path=Path(text).expanduser())
+        return Reference(text, path=Path(os.path.expanduser(text)))
     name, mark, at = text.rpartition("@")
     if not mark:
         return Reference(text, name=text)
@@ -91,7 +92,7 @@ def parse(text: str) -> Reference:
         raise UnknownReferenceError(f"{text!r} does not say which run; a REF is {NOTATION}")
     if at in _WORDS:
         return Reference(text, name=name, at=_WORDS[at])
-    if at.isdecimal() and at.isascii():
+    if re.fullmatch(r"[0-9]{1,18}", at):
         return Reference(text, name=name, at=int(at))
     raise UnknownReferenceError(f"{text!r}: after the @ stands a step, `latest` or `best`, not {at!r}")
 
