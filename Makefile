@@ -1,13 +1,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test test-long lint bench clean
+.PHONY: demo test test-long lint bench clean
 
 # The stamp is remade when what it was made from changes.
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
+
+# Trains with a live view, then proves that it comes back bit for bit. DEMO_ARGS="--epochs 3 --no-view" needs nobody to watch.
+demo: .venv/stamp
+	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: .venv/stamp
 	$(BIN)/python -m pytest -q --cov --cov-report=term $(TEST_ARGS)

@@ -16,7 +16,7 @@ from types import FrameType
 
 from onthefly import cli
 from onthefly.client import Client
-from onthefly.store.queries import SessionRow
+from onthefly.store.queries import RunRow, SessionRow
 from onthefly.store.store import Store
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -56,7 +56,7 @@ def main() -> int:
         signal.signal(number, interrupt)
     with Client(Store.open(folder / ".onthefly", create=True)) as client:
         arguments = ["--epochs", str(options.epochs), "--workers", str(options.workers), "--slow", str(slow)]
-        session = None
+        session, asked = None, False
         trainer = start(client, folder, arguments)
         try:
             session = first_session(client, trainer)
@@ -65,13 +65,22 @@ def main() -> int:
                 follow(client, session, trainer, view)
             trainer.wait()
         except KeyboardInterrupt:
+            asked = True
             print("\nSaving ...", flush=True)
             trainer.send_signal(signal.SIGINT)
             trainer.wait()
+        output = (folder / "output.txt").read_text()
+        if trainer.returncode and not asked:
+            print(output, f"The training ended with exit code {trainer.returncode}.", sep="\n", file=sys.stderr)
         if session is None:
-            print((folder / "output.txt").read_text(), "The training did not begin.", sep="\n", file=sys.stderr)
-            return 1
-        return report(client, session, folder)
+            return 0 if asked else 1
+        client.store.recover(time.time())  # it may have been killed
+        run = client.run(session.run)
+        if run.status != "finished":
+            print(how_to_go_on(client, run))
+            return 0 if asked or not trainer.returncode else 1
+        print(output.splitlines()[-1])
+        return prove(client, run)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -89,12 +98,12 @@ def start(client: Client, folder: Path, arguments: list[str]) -> subprocess.Pope
 
 
 def first_session(client: Client, trainer: subprocess.Popen[bytes]) -> SessionRow | None:
-    """The session of the training, once it has one. None when the process ended without."""
+    """The session of the training, once it trains. None when the process ended without."""
     known = {row.id for row in client.sessions()}
     while True:
         ended = trainer.poll() is not None
         for row in client.sessions():
-            if row.id not in known and row.pid == trainer.pid:
+            if row.id not in known and row.pid == trainer.pid and row.status != "starting":
                 return row
         if ended:
             return None
@@ -125,29 +134,20 @@ def follow(client: Client, session: SessionRow, trainer: subprocess.Popen[bytes]
             said = i + 1
 
 
-def report(client: Client, session: SessionRow, folder: Path) -> int:
-    """Say how it ended: proven, or how to go on."""
-    client.store.recover(time.time())  # it may have been killed
-    run = client.run(session.run)
-    if run.status != "finished":
-        last = client.checkpoints(run.name)[-1:]
-        saved = f"saved at step {last[0].step}" if last else "not saved yet"
-        print(f"{run.name} is not finished; it is {saved}. To go on:\n")
-        print(
-            f"  {shown(Path(sys.executable).parent / 'onthefly')} resume {run.name} --store {shown(client.store.root)}"
-        )
-        return 0 if last else 1
-    print((folder / "output.txt").read_text().splitlines()[-1])
-    ref = middle_of_an_epoch(client, run.name, run.generation)
+def how_to_go_on(client: Client, run: RunRow) -> str:
+    last = client.checkpoints(run.name)[-1:]
+    saved = f"saved at step {last[0].step}" if last else "not saved yet"
+    program, store = shown(Path(sys.executable).parent / "onthefly"), shown(client.store.root)
+    return f"{run.name} is not finished; it is {saved}. To go on:\n\n  {program} resume {run.name} --store {store}\n"
+
+
+def prove(client: Client, run: RunRow) -> int:
+    """Train again from the middle of an epoch, in a fresh process, and compare the hashes of the two ends."""
+    rows = [row for row in client.checkpoints(run.name) if row.generation == run.generation]
+    chosen = [row for row in rows if row.reason not in BETWEEN_EPOCHS] or rows
+    ref = f"{run.name}@{chosen[-1].step}"
     print(f"\nThe proof: onthefly verify {ref}", flush=True)
     return cli.main(["verify", ref, "--store", str(client.store.root)])
-
-
-def middle_of_an_epoch(client: Client, run: str, generation: int) -> str:
-    """The newest checkpoint that was saved in the middle of an epoch, or else the newest at all."""
-    rows = [row for row in client.checkpoints(run) if row.generation == generation]
-    chosen = [row for row in rows if row.reason not in BETWEEN_EPOCHS] or rows
-    return f"{run}@{chosen[-1].step}"
 
 
 def shown(path: Path) -> str:
