@@ -30,15 +30,15 @@ def example(tmp_path):
 
     yield start
     for process in started:
-        if process.poll() is None:
-            process.terminate()
-        process.communicate()
+        process.terminate()
+        process.wait()
+        process.stdout.close()
 
 
 def resume(*arguments):
     """What `onthefly resume` prints until the training has ended."""
-    command = [sys.executable, "-m", "onthefly", "resume", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    command = [Path(sys.executable).with_name("onthefly"), "resume", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def read_until(process, text):

@@ -3,6 +3,7 @@
 import os
 import socket
 import sqlite3
+import subprocess
 
 import pytest
 
@@ -363,3 +364,17 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path, python):
         assert not liveness.is_held(tmp_path / "1.lock")
     finally:
         os.kill(child, 9)
+
+
+def test_a_journal_that_makes_no_sense_keeps_nobody_out_of_the_store(store, new_session, caplog):
+    store.create_run(None, project="p")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    session = new_session(pid=ended.pid, host=socket.gethostname())
+    journal = Journal(store.journal_path(session))
+    journal.fact("checkpoint", {"nonsense": True})
+    journal.close()
+    assert store.recover(5.0) == [session]
+    assert "makes no sense" in caplog.text
+    assert queries.session(store, session).status == "killed"
+    assert store.recover(6.0) == []

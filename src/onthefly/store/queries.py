@@ -206,7 +206,7 @@ def metric_names(store: Store, run: str) -> list[str]:
 def series(store: Store, run: str, name: str, generation: int | None = None, resolution: int = 1) -> Series:
     """The points of one metric of a run.
 
-    By default those of its trajectory as it now stands: a generation hides what older ones have at or after the
+    By default those of its trajectory as it now stands: a generation hides what older ones have after the
     step that it began from. With `generation`, all of that one. At `resolution` 64 or 4096 only the lowest and the
     highest of each so many consecutive points.
     """
@@ -218,10 +218,10 @@ def series(store: Store, run: str, name: str, generation: int | None = None, res
         shown: dict[int, int | None] = {} if generation is None else {generation: None}
         if generation is None:
             there = connection.scalars(select(table.c.generation).distinct().where(*of_series))
-            shown = _hidden_from(connection, run, sorted(there))
+            shown = _shown_to(connection, run, sorted(there))
         parts = [
-            _points(connection, [*of_series, table.c.generation == number], before, resolution)
-            for number, before in shown.items()
+            _points(connection, [*of_series, table.c.generation == number], last, resolution)
+            for number, last in shown.items()
         ]
     return _series(points.join(parts))
 
@@ -261,8 +261,8 @@ def _checkpoint(store: Store, row: RowMapping) -> CheckpointRow:
     return CheckpointRow(**{**row, "path": store.full_path(row["path"])})
 
 
-def _hidden_from(connection: Connection, run: str, generations: list[int]) -> dict[int, int | None]:
-    """For each generation, the first step that a newer one hides, or None."""
+def _shown_to(connection: Connection, run: str, generations: list[int]) -> dict[int, int | None]:
+    """For each generation, the last step that no newer one hides, or None."""
     table = schema.event
     begun = connection.execute(
         select(table.c.generation, table.c.data).where(table.c.run == run, table.c.kind == "generation")
@@ -271,8 +271,8 @@ def _hidden_from(connection: Connection, run: str, generations: list[int]) -> di
     return {g: min((step for number, step in starts if number > g), default=None) for g in generations}
 
 
-def _points(connection: Connection, of_series: list[Any], before: int | None, resolution: int) -> Points:
-    """The points of one generation of a series, in their order, with steps less than `before`."""
+def _points(connection: Connection, of_series: list[Any], last: int | None, resolution: int) -> Points:
+    """The points of one generation of a series, in their order, up to and with the step `last`."""
     table = schema.metric_chunk
     rollup = table.c[f"rollup_{resolution}"] if resolution > 1 else None
     parts: list[Points] = []
@@ -280,17 +280,17 @@ def _points(connection: Connection, of_series: list[Any], before: int | None, re
     if rollup is not None:
         # Full chunks come first in a series. Those that a newer generation cuts are read whole, like the rest.
         whole = [*of_series, rollup.is_not(None)]
-        if before is not None:
-            whole.append(table.c.last_step < before)
+        if last is not None:
+            whole.append(table.c.last_step <= last)
         blobs = connection.scalars(select(rollup).where(*whole).order_by(table.c.id))
         parts = [np.frombuffer(blob, points.POINT) for blob in blobs]
         of_series = [*of_series, table.c.id.not_in(select(table.c.id).where(*whole))]
-    if before is not None:
-        of_series = [*of_series, table.c.first_step < before]
+    if last is not None:
+        of_series = [*of_series, table.c.first_step <= last]
     rows = connection.execute(select(*_POINTS).where(*of_series).order_by(table.c.id))
     rest = points.join([points.unpacked(*row) for row in rows])
-    if before is not None:
-        rest = rest[rest["step"] < before]
+    if last is not None:
+        rest = rest[rest["step"] <= last]
     return points.join([*parts, points.extremes(rest, resolution) if resolution > 1 else rest])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sqlite3
@@ -213,7 +214,14 @@ class Store:
         for session in queries.sessions(self, alive=False):
             if session.ended is not None:
                 continue
-            projection.project(self, session.id)
+            try:
+                projection.project(self, session.id)
+            except StoreBusyError:
+                raise
+            except StoreError as e:  # one journal that makes no sense must not keep everybody out of the store
+                logging.getLogger("onthefly").error(
+                    "session %d is ended without the rest of its journal: %s", session.id, e
+                )
             with self.begin() as connection:
                 this = update(table).where(table.c.id == session.id, table.c.ended.is_(None))
                 if connection.execute(this.values(status="killed", outcome="killed", ended=time)).rowcount == 0:
