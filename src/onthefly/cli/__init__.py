@@ -88,9 +88,18 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(e.format_message(), e.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        return _unheard()
+    except SystemExit as e:  # what click makes of a broken pipe
+        if isinstance(e.__context__, BrokenPipeError):
+            return _unheard()
+        raise
+
+
+def _unheard() -> int:
+    """The reader, such as `head`, has had enough: no error. What is still to be flushed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 0
 
 
 def _fail(message: str, code: int) -> int:
