@@ -33,7 +33,7 @@ Training {run}: handwritten digits, a small CNN. To steer it, type in a second t
   onthefly test                 how good is it? Training does not notice
   onthefly save                 a checkpoint, now; `onthefly checkpoints` lists them
   onthefly load {best:<15} back to the best checkpoint
-  onthefly stop                 save and end; `onthefly resume` goes on, even after kill -9 {pid}
+  onthefly stop                 save and end; `onthefly resume {run}` goes on, even after kill -9 {pid}
 
 Ctrl-C here saves and ends it, too.
 """
@@ -70,7 +70,7 @@ def main() -> int:
             trainer.send_signal(signal.SIGINT)
             trainer.wait()
         output = (folder / "output.txt").read_text()
-        if trainer.returncode and not asked:
+        if 0 < trainer.returncode < 128 and not asked:  # it failed; more is a signal, less a kill
             print(output, f"The training ended with exit code {trainer.returncode}.", sep="\n", file=sys.stderr)
         if session is None:
             return 0 if asked else 1
@@ -138,7 +138,7 @@ def how_to_go_on(client: Client, run: RunRow) -> str:
     last = client.checkpoints(run.name)[-1:]
     saved = f"saved at step {last[0].step}" if last else "not saved yet"
     program, store = shown(Path(sys.executable).parent / "onthefly"), shown(client.store.root)
-    return f"{run.name} is not finished; it is {saved}. To go on:\n\n  {program} resume {run.name} --store {store}\n"
+    return f"\n{run.name} is not finished; it is {saved}. To go on:\n\n  {program} resume {run.name} --store {store}\n"
 
 
 def prove(client: Client, run: RunRow) -> int:

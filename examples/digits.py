@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--slow", type=float, default=0.0, metavar="SECONDS", help="wait so long after each step")
     options = parser.parse_args()
 
+    random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)  # kernels this small are not faster on more, and the loader workers want a core, too
     train, val, test = load()

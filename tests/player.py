@@ -50,9 +50,9 @@ class Player:
         self.journal.fact("event", {"event": kind, **about, "time": time.time(), "data": data})
 
     def tell(self):
-        project(self.store, self.id)
         status = "paused" if self.paused else "running"
         self.store.heartbeat(self.id, status=status, step=self.step, epoch=self.epoch, time=time.time())
+        project(self.store, self.id)
 
     def train(self):
         while self.step < int(self.options.get("steps", 10**9)):

@@ -1,6 +1,7 @@
 """A toy training that records checkpoints at steps 0, 3 and 7 and a `set` at step 5, and that can be replayed.
 
-It speaks to the store alone, like a session. Words say what is wrong with its replay: `drifts`, `fails`, `hangs`.
+It speaks to the store alone, like a session. In the environment, TOY
+says what is to go wrong: `drifts`, `fails`, `hangs`.
 """
 
 import json
@@ -21,6 +22,7 @@ from onthefly.store.projection import project
 from onthefly.store.store import Store
 
 RUN = "toy"
+TROUBLE = os.environ.get("TOY")
 
 
 def step(state, number, lr):
@@ -35,10 +37,10 @@ def write(path, state):
 
 
 def replay(orders):
-    if "fails" in sys.argv:
+    if TROUBLE == "fails":
         print("no such luck")
         sys.exit(3)
-    if "hangs" in sys.argv:
+    if TROUBLE == "hangs":
         time.sleep(600)
     file = format.open_checkpoint(orders["checkpoint"])
     assert file.hash == orders["hash"]
@@ -47,7 +49,7 @@ def replay(orders):
     for number in range(state["counters"]["step"] + 1, orders["until"][0] + 1):
         state["counters"]["lr"] = changes.get(number - 1, state["counters"]["lr"])
         step(state, number, state["counters"]["lr"])
-    if "drifts" in sys.argv:
+    if TROUBLE == "drifts":
         state["model"]["w"][2] += 1e-6
         state["rng"]["torch"][10] ^= 1
         state["counters"]["drift"] = 1
@@ -57,7 +59,7 @@ def replay(orders):
 def train():
     store = Store.open(create=True)
     run = store.create_run(RUN, project="default")
-    inexact = ["a kernel is nondeterministic"] if "drifts" in sys.argv else []
+    inexact = ["a kernel is nondeterministic"]
     about = {"project": "default", "run": run, "pid": os.getpid(), "host": socket.gethostname()}
     nothing = {"environment": {}, "config": {}, "inexact": inexact, "launch": launch.record()}
     session = store.create_session(**about, **nothing, time=time.time())

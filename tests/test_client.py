@@ -1,6 +1,7 @@
 """The Python door, against real processes that play sessions."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,17 +217,24 @@ class TestResumeTarget:
 
 
 class TestVerify:
-    @pytest.fixture
-    def trained(self, own_store, tmp_path):
-        """Trains a toy with checkpoints at steps 0, 3 and 7, and a `set` at step 5; words make it behave."""
+    @pytest.fixture(scope="class")
+    def once(self, tmp_path_factory):
+        """A store in which a toy was trained: checkpoints at steps 0, 3 and 7, and a `set` at step 5."""
+        store = tmp_path_factory.mktemp("toy") / "store"
+        command = [sys.executable, "-W", "error", str(REPLAYER)]
+        subprocess.run(command, check=True, env={**os.environ, "ONTHEFLY_STORE": str(store)})
+        return store
 
-        def train(*words):
-            script = tmp_path / "replayer.py"
-            script.write_text(REPLAYER.read_text())
-            subprocess.run([sys.executable, "-W", "error", str(script), *words], check=True, cwd=tmp_path)
+    @pytest.fixture
+    def trained(self, once, own_store, monkeypatch):
+        """A client of a copy of it: a store can be moved. The word says what goes wrong in replays."""
+        shutil.copytree(once, own_store)
+
+        def connect(trouble=""):
+            monkeypatch.setenv("TOY", trouble)
             return onthefly.client.connect()
 
-        return train
+        return connect
 
     def test_the_newest_stretch_comes_out_equal_with_its_commands(self, trained):
         with trained() as client:
@@ -237,13 +245,15 @@ class TestVerify:
             assert found.differences == found.causes == []
             assert [row.name for row in client.runs()] == ["toy"]  # nothing of the replay is in the store
 
-    def test_which_stretch_is_chosen(self, trained):
+    def test_which_stretch_is_chosen(self, trained, play):
         with trained() as client:
 
             def stretch(*refs):
                 plan = client.plan(*refs)
                 return plan.start.step, plan.end.step, len(plan.commands)
 
+            play("run=younger")
+            client.save()  # with a single checkpoint no stretch leads there
             assert stretch() == stretch("toy") == stretch("toy@7") == stretch("toy@3") == (3, 7, 1)
             assert stretch("toy@0") == (0, 3, 0)
             assert stretch("toy@0", "toy@7") == (0, 7, 1)

@@ -333,7 +333,7 @@ class Client:
         """What `verify` would train again."""
         from onthefly import verification
 
-        start = self._recorded(ref) if ref is not None else self._newest()
+        start = self._recorded(ref) if ref is not None else verification.newest(self.checkpoints())
         end = self._recorded(to) if to is not None else None
         return verification.plan(
             start,
@@ -396,12 +396,6 @@ class Client:
         if isinstance(found, Path):
             raise UnknownReferenceError(f"{found} is not a recorded checkpoint of {self.store.root}")
         return found
-
-    def _newest(self) -> CheckpointRow:
-        rows = self.checkpoints()
-        if not rows:
-            raise UnknownReferenceError(f"there is no checkpoint in {self.store.root} yet; `onthefly save` makes one")
-        return rows[-1]
 
 
 def _error(row: CommandRow) -> OnTheFlyError:

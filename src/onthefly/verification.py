@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -68,6 +69,14 @@ class Verification:
     causes: list[str]
 
 
+def newest(checkpoints: Sequence[CheckpointRow]) -> CheckpointRow:
+    """The newest checkpoint to which a stretch leads. Raises `UnknownReferenceError` when there is none at all."""
+    rows = in_order(row for row in checkpoints if row.evicted is None)
+    if not rows:
+        raise UnknownReferenceError("there is no checkpoint in this store yet; `onthefly save` makes one")
+    return next((row for row in reversed(rows) if any(_leads(other, row) for other in rows)), rows[-1])
+
+
 def plan(
     start: CheckpointRow,
     end: CheckpointRow | None,
@@ -84,7 +93,7 @@ def plan(
     """
     if end is None:
         start, end = _pair(start, [row for row in checkpoints if row.evicted is None])
-    elif (start.run, start.generation) != (end.run, end.generation) or _place(end) <= _place(start):
+    elif not _leads(start, end):
         raise InvalidCommandError(
             f"no steps lead from {describe(start)} to {describe(end)} in one generation of one run"
         )
@@ -108,14 +117,18 @@ def replay(plan: Plan, *, timeout: float | None = None) -> Verification:
     if not plan.start.path.is_file():
         raise CheckpointNotFoundError(errno.ENOENT, "the checkpoint to start from is gone", str(plan.start.path))
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="onthefly-verify-") as folder:
-        out = Path(folder) / f"replayed-{plan.end.path.name}"
-        _run(plan, Path(folder), out, timeout)
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=_room_beside(plan.start.path)) as name:
+        folder = Path(name)
+        # A live run may evict either file while its replay is under way.
+        start = _held(plan.start.path, folder / "start.safetensors")
+        end = _held(plan.end.path, folder / "end.safetensors") if plan.end.path.is_file() else plan.end.path
+        out = folder / "replayed.safetensors"
+        _run(plan, start, folder, out, timeout)
         from onthefly.checkpoints.format import open_checkpoint
 
         replayed_hash = open_checkpoint(out).hash
         equal = replayed_hash == plan.end.hash
-        found = [] if equal else differences(plan.end.path, out)
+        found = [] if equal else differences(end, out)
     return Verification(
         run=plan.start.run,
         generation=plan.start.generation,
@@ -168,13 +181,14 @@ def _place(row: CheckpointRow) -> tuple[int, int]:
     return row.step, row.epoch
 
 
+def _leads(one: CheckpointRow, other: CheckpointRow) -> bool:
+    return (one.run, one.generation) == (other.run, other.generation) and _place(one) < _place(other)
+
+
 def _pair(chosen: CheckpointRow, rows: Sequence[CheckpointRow]) -> tuple[CheckpointRow, CheckpointRow]:
-    line = [row for row in in_order(rows) if (row.run, row.generation) == (chosen.run, chosen.generation)]
-    after = [row for row in line if _place(row) > _place(chosen)]
-    if after:
+    if after := [row for row in in_order(rows) if _leads(chosen, row)]:
         return chosen, min(after, key=_place)
-    before = [row for row in line if _place(row) < _place(chosen)]
-    if before:
+    if before := [row for row in in_order(rows) if _leads(row, chosen)]:
         return max(before, key=_place), chosen
     raise UnknownReferenceError(
         f"{describe(chosen)} is the only checkpoint of its run and generation; verify needs two: `onthefly save` makes one"
@@ -205,9 +219,23 @@ def _commands(events: Iterable[EventRow], start: CheckpointRow, end: CheckpointR
 # -- the process -----------------------------------------------------------------------------------------------
 
 
-def _run(plan: Plan, folder: Path, out: Path, timeout: float | None) -> None:
+def _room_beside(path: Path) -> Path | None:
+    """Where there is room for one more checkpoint: in the same folder. None, the system's place, if it is read-only."""
+    return path.parent if os.access(path.parent, os.W_OK) else None
+
+
+def _held(path: Path, name: Path) -> Path:
+    """Another name of a file, or a copy where there are no links."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
+    return name
+
+
+def _run(plan: Plan, start: Path, folder: Path, out: Path, timeout: float | None) -> None:
     order = {
-        "checkpoint": str(plan.start.path),
+        "checkpoint": str(start),
         "hash": plan.start.hash,
         "run": plan.start.run,
         "generation": plan.start.generation,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Any
 
 import click
 
@@ -33,6 +32,7 @@ _MODULES = {
 }
 """Command to module, in the order of `onthefly --help`."""
 
+_COMPLETE = "_ONTHEFLY_COMPLETE"  # set by the shell's completion script
 INTERRUPTED = 130
 """What a shell says of a program that was ended by Ctrl-C."""
 
@@ -75,10 +75,18 @@ def cli(ctx: click.Context) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line. Returns its exit code: 0, or that of the error, which is said in one line on stderr."""
+    if instruction := os.environ.get(_COMPLETE):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(cli, {}, "onthefly", _COMPLETE, instruction)
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        code: Any = cli.main(arguments, prog_name="onthefly", standalone_mode=False)
+        # Not `cli.main`, which says in its own way, and differently from version to version, what went wrong.
+        with cli.make_context("onthefly", words or ["--help"]) as context:
+            cli.invoke(context)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as e:
+        return e.exit_code
     except OnTheFlyError as e:
         return _fail(_message(e), e.exit_code)
     except click.UsageError as e:
@@ -88,17 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(e.format_message(), e.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
-    except BrokenPipeError:
-        return _unheard()
-    except SystemExit as e:  # what click makes of a broken pipe
-        if isinstance(e.__context__, BrokenPipeError):
-            return _unheard()
-        raise
-
-
-def _unheard() -> int:
-    """The reader, such as `head`, has had enough: no error. What is still to be flushed goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # the reader, such as `head`, has had enough; what is still to be flushed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -209,7 +209,7 @@ def _lost(data: dict[str, Any]) -> str:
 
 _WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sessionStarted": _started,
-    "newRun": lambda data: _line("new run", data),
+    "newRun": lambda data: _line("new run", {name: item for name, item in data.items() if item != "root"}),
     "runTransition": lambda data: _line("went over to another run", data),
     "finalizeRun": lambda data: "finished",
     "sessionEnded": lambda data: f"session ended: {data.get('outcome', 'unknown')}",

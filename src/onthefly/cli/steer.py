@@ -127,20 +127,21 @@ def say(what: str, result: dict[str, Any], as_json: bool) -> None:
         click.echo(f"queued {render.dim(str(rest.get('id', '')))}")
         return
     changes = rest.pop("changed", None)
-    click.echo("  ".join([render.bold(what), *_place(rest), *_numbers(rest)]))
+    words = [f"step {step}"] if (step := rest.pop("step", None)) is not None else []
+    rest.pop("epoch", None)
+    saved = _checkpoint(rest)
+    click.echo("  ".join([render.bold(what), *words, *_numbers(rest), *saved]))
     for change in changes or ():
         click.echo(f"  {change['name']}  {render.value(change['before'])} -> {render.value(change['after'])}")
     if changes == []:
         click.echo("  nothing changed: it was so already")
 
 
-def _place(rest: dict[str, Any]) -> list[str]:
-    """The step and the checkpoint that the answer is about, in words; what they say is taken out of `rest`."""
+def _checkpoint(rest: dict[str, Any]) -> list[str]:
+    """The checkpoint that the answer is about, in words; what they say is taken out of `rest`."""
     path = rest.pop("path", None) or rest.pop("loaded", None)
-    step, content, size = rest.pop("step", None), rest.pop("hash", None), rest.pop("size", None)
-    rest.pop("epoch", None)
-    words = [f"step {step}"] if step is not None else []
-    words += [str(content)[:12]] if content else []
+    content, size = rest.pop("hash", None), rest.pop("size", None)
+    words = [str(content)[:12]] if content else []
     words += [render.size(size)] if size is not None else []
     return words + ([render.dim(str(path))] if path is not None else [])
 

@@ -45,7 +45,7 @@ def text(found: Verification) -> str:
     commands = f", {found.commands} commands applied again" if found.commands else ""
     lines = [
         f"{found.run}: {steps} steps, from {found.start.step} to {found.end.step}{commands}, "
-        f"in a fresh process in {render.span(found.seconds)}",
+        f"again in a fresh process, {render.span(found.seconds)}",
         f"recorded  {found.recorded_hash}",
         f"replayed  {found.replayed_hash}",
     ]

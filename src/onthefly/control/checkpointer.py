@@ -13,7 +13,13 @@ from onthefly import checkpoints
 from onthefly.checkpoints import format, retention, sidecar
 from onthefly.config import SessionConfig
 from onthefly.control.history import History
-from onthefly.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, StateError
+from onthefly.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    StateError,
+    StateMismatchError,
+)
 from onthefly.state.train_state import TrainState, Value
 from onthefly.state.tree import flatten, unflatten
 
@@ -117,14 +123,16 @@ class Checkpointer:
     def read(self, path: Path, content: str | None = None) -> tuple[Value, format.CheckpointFile]:
         """The whole value of a checkpoint, after checking every byte.
 
-        Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, or the latter when its hash is not the wanted one.
+        Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, or the latter when its hash is not the wanted one, and
+        `StateMismatchError` for a checkpoint that no session made.
         """
         file = format.open_checkpoint(path)
         if content is not None and not file.hash.startswith(content):
             raise CorruptCheckpointError(f"{path}: its content is {file.hash[:12]}, not {content[:12]}")
         value = unflatten(file.tree, file.tensors)
-        if not isinstance(value, dict) or not {"rng", "modes", "buffers", "counters"} <= value.keys():
-            raise CorruptCheckpointError(f"{path}: it is a checkpoint, but not one of a train state")
+        counters = value.get("counters") if isinstance(value, dict) else None
+        if not isinstance(counters, dict) or not all(type(counters.get(name)) is int for name in ("step", "epoch")):
+            raise StateMismatchError(f"{path}: it was not saved by a session: it does not tell its step and epoch")
         return value, file
 
     def origin(self) -> Kept:

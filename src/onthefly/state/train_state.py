@@ -142,6 +142,7 @@ class TrainState:
             if name in self.optimizers:
                 _set_gradients(self.optimizers[name], value.get("grads", {}).get(name, {}))
         if names is None:
+            self.counters.clear()  # a later counter is no part of an earlier state
             self.counters.update(value["counters"])
         if random_state:
             rng.restore(value["rng"])
