@@ -39,6 +39,8 @@ class Program:
     seed: int = 0
     workers: int = 0
     persistent: bool = False
+    context: str = "fork"
+    """How loader workers begin. (A forkserver's children would let a forkserver of their own do it.)"""
     accumulate: int = 1
     schedule: bool = False
     optimizer: str = "adamw"
@@ -175,6 +177,8 @@ def train(program, meet):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9) if program.schedule else None
     several = {"num_workers": program.workers, "persistent_workers": program.persistent}
+    if program.workers:
+        several["multiprocessing_context"] = program.context
     loader = DataLoader(Samples(), BATCH, shuffle=True, **several)
     val_loader = DataLoader(Samples(2), 16, **several)
     session = _attached(program, model, optimizer, scheduler, loader, val_loader)
