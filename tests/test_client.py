@@ -216,15 +216,16 @@ class TestResumeTarget:
             client.resume_target()
 
 
-class TestVerify:
-    @pytest.fixture(scope="class")
-    def once(self, tmp_path_factory):
-        """A store in which a toy was trained: checkpoints at steps 0, 3 and 7, and a `set` at step 5."""
-        store = tmp_path_factory.mktemp("toy") / "store"
-        command = [sys.executable, "-W", "error", str(REPLAYER)]
-        subprocess.run(command, check=True, env={**os.environ, "ONTHEFLY_STORE": str(store)})
-        return store
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A store in which a toy was trained: checkpoints at steps 0, 3 and 7, and a `set` at step 5."""
+    store = tmp_path_factory.mktemp("toy") / "store"
+    command = [sys.executable, "-W", "error", str(REPLAYER)]
+    subprocess.run(command, check=True, env={**os.environ, "ONTHEFLY_STORE": str(store)})
+    return store
 
+
+class TestVerify:
     @pytest.fixture
     def trained(self, once, own_store, monkeypatch):
         """A client of a copy of it: a store can be moved. The word says what goes wrong in replays."""

@@ -69,10 +69,10 @@ def last_checkpoint(store):
 
 def test_own_loop_ends_with_the_same_state_when_it_was_killed_and_resumed(example, tmp_path):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    output = finished(example("own_loop.py", "--epochs", "8", store=alone))
+    output = finished(example("own_loop.py", "--epochs", "5", store=alone))
 
-    process = example("own_loop.py", "--epochs", "8", store=killed)
-    read_until(process, "epoch   3")
+    process = example("own_loop.py", "--epochs", "5", store=killed)
+    read_until(process, "epoch   2")
     process.kill()
     process.wait()
     again = resume("--store", str(killed))

@@ -26,10 +26,10 @@ from onthefly.store.store import Store
 
 PATIENCE = 60.0  # seconds for a fact of milliseconds; a process that hangs must not hang the suite
 
-# A process that is forked from one that has torch needs no 1.7 s to import it.
+# A process that is forked from one that has torch needs no 1.7 s to import it, nor 1.2 s more for its first optimizer.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
-    ["onthefly.session", "onthefly.trainer", "onthefly.client", "sqlalchemy.dialects.sqlite"]
+    ["onthefly.session", "onthefly.trainer", "onthefly.client", "sqlalchemy.dialects.sqlite", "torch._dynamo"]
 )
 
 
