@@ -594,12 +594,11 @@ class Session:
         """Called on the recorder's thread when the store can be used again."""
         self.record("lost" if lost else "storeUnavailable", seconds=round(seconds, 1), metrics=lost)
 
-    def _status(self) -> tuple[str, int, int]:
-        if not self._begun:
-            return "starting", self.step, self.epoch
-        if self._paused:
-            return "paused", self.step, self.epoch
-        return ("repeating" if self.step < self._history.head else "running"), self.step, self.epoch
+    def _status(self) -> tuple[str, int, int, float | None]:
+        status = "starting" if not self._begun else "paused" if self._paused else "running"
+        if status == "running" and self.step < self._history.head:
+            status = "repeating"
+        return status, self.step, self.epoch, self._history.loss
 
     # -- small things ------------------------------------------------------------------------------------------
 

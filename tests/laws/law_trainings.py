@@ -155,6 +155,11 @@ class Training:
 
         return until(there, f"{kind}, {count} times")
 
+    def go_on(self, step, kind, /, **arguments):
+        """Wait until it stands in a step, give it a command, let it on, and give the result."""
+        id = self.at(step).deliver(kind, **arguments)
+        return self.go().done(id)
+
     # -- its end -----------------------------------------------------------------------------------------------
 
     def end(self, code=0):

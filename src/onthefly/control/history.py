@@ -25,6 +25,7 @@ class History:
         self.generation = generation
         self.head = -1  # the last step that an earlier process recorded of this line; until there, steps repeat
         self.differences = 0
+        self.loss: float | None = None  # the last one logged, for a heartbeat
         self._journal = journal
         self._series: dict[str, int] = {}
         self._recorded: dict[tuple[str, int], deque[float]] = {}
@@ -44,6 +45,8 @@ class History:
 
     def metrics(self, step: int, epoch: int, numbers: Mapping[str, float], when: float | None = None) -> None:
         """Record numbers of a step. What was recorded before is compared, and not written twice."""
+        if "loss" in numbers:
+            self.loss = numbers["loss"]
         if self._recorded:
             numbers = self._compare(step, epoch, numbers)
         series = self._series

@@ -22,8 +22,8 @@ _FLUSH = 0.1  # between writes of the journal's news into the database
 _HEARTBEAT = 1.0
 _RETRY = 0.5  # while the database cannot be used
 
-Status = Callable[[], tuple[str, int, int]]
-"""What a heartbeat says: status, step, epoch."""
+Status = Callable[[], tuple[str, int, int, float | None]]
+"""What a heartbeat says: status, step, epoch, the last loss."""
 
 
 class Recorder:
@@ -79,7 +79,7 @@ class Recorder:
     def _run(self) -> None:
         watch: CommandWatch | None = None
         flushed = beat = 0.0
-        carried = -1
+        carried, said = -1, ""
         while True:
             self._awake.clear()
             last, urgent, self._urgent = self._stop, self._urgent, False
@@ -99,10 +99,12 @@ class Recorder:
                     ):
                         carried, flushed = self._journal.seq, now
                         project(self._store, self._session)
-                    if now - beat >= _HEARTBEAT or last:
-                        beat = now
-                        status, step, epoch = self._status()
-                        self._store.heartbeat(self._session, status=status, step=step, epoch=epoch, time=time.time())
+                    status, step, epoch, loss = self._status()
+                    if now - beat >= _HEARTBEAT or last or status != said:
+                        beat, said = now, status
+                        self._store.heartbeat(
+                            self._session, status=status, step=step, epoch=epoch, time=time.time(), loss=loss
+                        )
                 self._usable_again(now)
             except (StoreError, OSError) as e:
                 carried = -1
@@ -132,7 +134,7 @@ class Recorder:
                 self._gate.put(Request(row.id, command))
 
     def _refuse(self, command: str, e: InvalidCommandError) -> None:
-        _, step, epoch = self._status()
+        _, step, epoch, _ = self._status()
         error = {"type": type(e).__name__, "message": str(e), "exit_code": e.exit_code}
         answer = {"command": command, "status": "failed", "result": None, "error": error}
         self._journal.fact("result", {**answer, "step": step, "epoch": epoch, "time": time.time()})

@@ -109,7 +109,9 @@ def begin(config: SessionConfig, inexact: Sequence[str]) -> Start:
         )
     number = next(_attachments)
     resume, replay = os.environ.pop(launch.RESUME, None), os.environ.pop(launch.REPLAY, None)
-    store = Store.open(None if config.store is None else os.fspath(config.store), create=True)
+    # A process that was started again is told where its run is recorded, whatever its script says.
+    chosen = config.store if resume is None and replay is None else None
+    store = Store.open(None if chosen is None else os.fspath(chosen), create=True)
     try:
         store.recover(time.time())
         about = _About(store, config, launch.record(number), inexact)
@@ -202,7 +204,12 @@ def _resumed(about: _About, name: str) -> Start:
 
 def _replayed(about: _About, orders: Mapping[str, Any]) -> Start:
     quiet = replace(
-        about.config, ckpt_every_steps=None, ckpt_every_minutes=None, ckpt_every_epoch=False, handle_signals=False
+        about.config,
+        save_dir=None,
+        ckpt_every_steps=None,
+        ckpt_every_minutes=None,
+        ckpt_every_epoch=False,
+        handle_signals=False,
     )
     about = replace(about, config=quiet)
     path = Path(orders["checkpoint"])

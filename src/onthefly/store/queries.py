@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 from sqlalchemy import Connection, RowMapping, Select, select, tuple_
 
-from onthefly.store import points, schema
-from onthefly.store.points import Points
+from onthefly.store import schema
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from onthefly.store.points import Points
     from onthefly.store.store import Store
 
 
@@ -210,6 +211,8 @@ def series(store: Store, run: str, name: str, generation: int | None = None, res
     step that it began from. With `generation`, all of that one. At `resolution` 64 or 4096 only the lowest and the
     highest of each so many consecutive points.
     """
+    from onthefly.store import points  # brings NumPy, which a list of rows does without
+
     if resolution not in (1, *points.RESOLUTIONS):
         raise ValueError(f"resolution is 1, {' or '.join(map(str, points.RESOLUTIONS))}, not {resolution}")
     table = schema.metric_chunk
@@ -228,6 +231,8 @@ def series(store: Store, run: str, name: str, generation: int | None = None, res
 
 def recorded(store: Store, run: str, generation: int, name: str, after_step: int) -> Series:
     """The points of one generation after a step, to compare a replay with."""
+    from onthefly.store import points
+
     table = schema.metric_chunk
     wanted = select(*_POINTS).where(
         table.c.run == run, table.c.generation == generation, table.c.name == name, table.c.last_step > after_step
@@ -273,6 +278,10 @@ def _shown_to(connection: Connection, run: str, generations: list[int]) -> dict[
 
 def _points(connection: Connection, of_series: list[Any], last: int | None, resolution: int) -> Points:
     """The points of one generation of a series, in their order, up to and with the step `last`."""
+    import numpy as np
+
+    from onthefly.store import points
+
     table = schema.metric_chunk
     rollup = table.c[f"rollup_{resolution}"] if resolution > 1 else None
     parts: list[Points] = []
@@ -296,5 +305,5 @@ def _points(connection: Connection, of_series: list[Any], last: int | None, reso
 
 def _series(found: Points) -> Series:
     # Steps that were done again and came out differently stand behind those of before.
-    found = found[np.argsort(found["step"], kind="stable")]
+    found = found[found["step"].argsort(kind="stable")]
     return Series(found["step"].copy(), found["value"].copy(), found["time"].copy())

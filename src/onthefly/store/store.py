@@ -30,7 +30,7 @@ from sqlalchemy.exc import DBAPIError
 
 from onthefly.errors import NoLiveSessionError, SchemaVersionError, StoreBusyError, StoreError
 from onthefly.runs import names
-from onthefly.store import liveness, projection, queries, schema
+from onthefly.store import liveness, queries, schema
 from onthefly.store.queries import CommandRow, SessionRow
 
 DATABASE = "onthefly.db"
@@ -214,6 +214,8 @@ class Store:
         for session in queries.sessions(self, alive=False):
             if session.ended is not None:
                 continue
+            from onthefly.store import projection  # brings NumPy, which most openings of a store do without
+
             try:
                 projection.project(self, session.id)
             except StoreBusyError:
