@@ -64,7 +64,7 @@ class Player:
                     return "stopped"
             if not self.paused and (self.step < 100 or "steps" in self.options):
                 self.step += 1
-                self.journal.metrics(self.step, self.epoch, time.time(), [(self.loss, 1 / self.step)])
+                self.journal.metrics(self.step, self.epoch, time.time(), [self.loss, 1 / self.step])
             self.tell()
             time.sleep(0.005)
         return "finished"

@@ -244,21 +244,15 @@ class Session:
         Takes Python and NumPy numbers and one-element tensors. A tensor on an accelerator is read later, on another
         thread. Raises `UnsupportedValueError` for anything else.
         """
-        step, epoch = self.step, self.epoch
+        step, epoch, best = self.step, self.epoch, self._config.best_metric
         plain: dict[str, float] = {}
         for name, value in numbers.items():
-            if type(value) is float:
-                plain[name] = value
-            elif isinstance(value, torch.Tensor):
-                if value.device.type == "cpu" or name == self._config.best_metric:
-                    plain[name] = _number(name, value)
-                else:
+            if isinstance(value, torch.Tensor):
+                if not (value.is_cpu or name == best):
                     self._log_later(name, value, step, epoch)
-            elif isinstance(value, int | float | np.number | np.bool_):
-                plain[name] = float(value)
-            else:
-                raise UnsupportedValueError(f"log: {name} is a {type(value).__name__}, not a number")
-        best = self._config.best_metric
+                    continue
+                value = _number(name, value)
+            plain[name] = value if type(value) is float else _plain(name, value)
         if best in plain:
             self._counters[best] = plain[best]
             self._counters[f"{best}_step"] = step
@@ -617,9 +611,18 @@ class Session:
 
 
 def _number(name: str, value: torch.Tensor) -> float:
-    if value.numel() != 1 or value.is_complex():
-        raise UnsupportedValueError(f"log: {name} is a tensor of shape {list(value.shape)}, not one number")
-    return float(value.item())
+    try:
+        return _plain(name, value.item())
+    except RuntimeError:
+        raise UnsupportedValueError(f"log: {name} is a tensor of shape {list(value.shape)}, not one number") from None
+
+
+def _plain(name: str, value: Any) -> float:
+    if type(value) is float:
+        return value
+    if isinstance(value, int | float | np.number | np.bool_) and not isinstance(value, np.complexfloating):
+        return float(value)
+    raise UnsupportedValueError(f"log: {name} is a {type(value).__name__}, not a number")
 
 
 def _error(e: Exception, message: str, code: int) -> dict[str, Any]:

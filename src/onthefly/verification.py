@@ -168,7 +168,7 @@ def likely_causes(lines: Sequence[str], plan: Plan) -> list[str]:
         causes.append("the data or its order changed")
     elif any("max |difference|" in line for line in lines):
         causes.append("a nondeterministic kernel, another number of threads, or another machine")
-    if plan.launch.get("hash_seed") is None:
+    if "PYTHONHASHSEED" not in plan.launch["environment"]:
         causes.append("code that depends on the order of a set of strings: PYTHONHASHSEED was not fixed")
     causes.append("code or data that was edited since")
     return causes

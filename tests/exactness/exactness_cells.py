@@ -76,7 +76,7 @@ class Order:
     trace: str
     attached: bool = True
     resumed: bool = False
-    every: int | None = None  # steps between checkpoints
+    every: int | str | None = None  # steps between checkpoints, or "epoch"
     kill: int | None = None  # in which batch of this process, after its loss is known, it is killed
     kill_at: str | None = None  # or "attached": before the loop begins; "over": after it ended
     seed: int = 1
@@ -428,8 +428,8 @@ def run(order):
         run=RUN,
         store=folder,
         max_epochs=EPOCHS if order.cell.loop == "flat" else None,
-        ckpt_every_steps=order.every,
-        ckpt_every_epoch=False,
+        ckpt_every_steps=order.every if isinstance(order.every, int) else None,
+        ckpt_every_epoch=order.every == "epoch",
         exact_augmentation=order.exact_augmentation,
     )
     train_attached(training, config, order.kill_at)

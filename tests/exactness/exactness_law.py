@@ -25,10 +25,10 @@ _processes.set_forkserver_preload(["torch._dynamo", "onthefly.trainer", "sqlalch
 
 @dataclass(frozen=True)
 class Case:
-    """A cell, the steps between its checkpoints, and the batches (of the run, from 1) in which it is killed."""
+    """A cell, the steps between its checkpoints (or "epoch", or None), and the batches in which it is killed, from 1."""
 
     cell: Cell
-    every: int | None
+    every: int | str | None
     kills: tuple[int, ...]
 
     def __str__(self):
@@ -42,7 +42,8 @@ class Case:
         if wrong or not cell.is_possible:
             raise ValueError(f"no such cell: {cell} ({', '.join(wrong)})")
         numbers = tuple(map(int, kills.removeprefix("kills=").split(",")))
-        return cls(cell, int(every.removeprefix("every=")) or None, numbers)
+        every = every.removeprefix("every=")
+        return cls(cell, every if every == "epoch" else int(every) or None, numbers)
 
     def resumes(self):
         """At which step each process after the first has to begin."""
@@ -54,6 +55,8 @@ class Case:
 
 def saved_last(cell, every, begun, kill):
     """The step of the newest checkpoint of a process that began at one step, and was killed in another's batch."""
+    if every == "epoch":
+        every = PER_EPOCH if cell.loop != "steps" else None
     newest, due = begun, (begun // every + 1) * every if every else STEPS
     for step in range(begun, kill):  # the boundaries that it saw; it is killed behind that of `kill - 1` batches
         if step >= due and not gradients_are_pending(cell, step):
@@ -82,7 +85,7 @@ def random_cases(rng, count):
         while not (cell := Cell(*(rng.choice(values) for values in FACTORS.values()))).is_possible:
             pass
         kills = sorted(rng.sample(range(1, STEPS + 1), rng.choice((1, 1, 2, 3))))
-        yield Case(cell, rng.choice((None, *range(1, STEPS))), tuple(kills))
+        yield Case(cell, rng.choice((None, "epoch", *range(1, STEPS))), tuple(kills))
 
 
 # -- processes -------------------------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ def check(case, folder):
     """Raises `AssertionError`, naming the first difference, and how to check this case alone."""
     cell = case.cell
     try:
-        whole = start(cell, folder / "whole", 0)
+        whole = start(cell, folder / "whole", 0, every="epoch")
         # Loader workers seed samples by their position, which no plain loop does.
         plain = start(cell, folder / "plain", 0, attached=False) if cell.workers == "0" else None
         parts = killed_and_resumed(case, folder / "stopped")

@@ -62,6 +62,9 @@ def test_without_exact_augmentation_loader_workers_are_those_of_the_plain_loop(l
         "flat/2/weighted/collate/accumulate/every=4/kills=9,14",  # again, after one
         "trainer/2p/shuffle/augmented/onecycle/every=3/kills=1,2,8,8,14",
         "steps/0/generator/augmented/bf16/every=2/kills=4,5,17",
+        "epochs/2/shuffle/augmented/plateau/every=epoch/kills=7,15",
+        "flat/0/batches/collate/accumulate/every=epoch/kills=8,9,18",
+        "trainer/2p/generator/augmented/accumulate/every=epoch/kills=7,12,18",
     ],
 )
 def test_kills_before_the_first_checkpoint_and_several_in_a_row(text, tmp_path):

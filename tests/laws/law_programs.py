@@ -43,6 +43,10 @@ class Program:
     """How loader workers begin. (A forkserver's children would let a forkserver of their own do it.)"""
     accumulate: int = 1
     schedule: bool = False
+    augmented: bool = True
+    """Whether samples are seen through a random augmentation. With workers a session seeds it in a way of its own."""
+    val_workers: bool = True
+    """Whether the validation's loader has workers, if the training's has."""
     optimizer: str = "adamw"
     width: int = 8
     test_loss: str = "fine"
@@ -55,6 +59,8 @@ class Program:
     """A step in which it logs more than a full journal can hold."""
     given: tuple = ()
     """For a plain loop: (step, epoch, values) that its user changes by hand."""
+    hold: bool = False
+    """Whether a learning rate given under a scheduler is fixed (until the scheduler's own is given)."""
     group: bool = False
     """Be the leader of a process group of its own."""
     config: dict = field(default_factory=dict)
@@ -63,21 +69,24 @@ class Program:
 class Samples(Dataset):
     """Noise, seen through an augmentation that draws from all three process-wide generators."""
 
-    def __init__(self, seed=1):
+    def __init__(self, seed, augmented=True):
+        self.augmented = augmented
         self.inputs = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(seed))
 
     def __len__(self):
         return SAMPLES
 
     def __getitem__(self, index):
-        inputs = self.inputs[index] * random.uniform(0.9, 1.1) + np.random.normal(0, 0.01) + 0.01 * torch.randn(6)
+        inputs = self.inputs[index]
+        if self.augmented:
+            inputs = inputs * random.uniform(0.9, 1.1) + np.random.normal(0, 0.01) + 0.01 * torch.randn(6)
         return inputs, torch.tensor(index % 3)
 
 
 class Plain:
     """A loop's hand-made parts, under the session's names."""
 
-    def __init__(self, optimizer, loader, given):
+    def __init__(self, optimizer, loader, given, hold):
         self.step = self.epoch = 0
         self.clip = None
         self.factors = {}
@@ -85,6 +94,7 @@ class Plain:
         self._optimizer = optimizer
         self._loader = loader
         self._given = list(given)
+        self._hold = hold
 
     def __enter__(self):
         return self
@@ -128,8 +138,10 @@ class Plain:
                     self.tracked[name].value = value
                 elif name == "grad_clip":
                     self.clip = value
+                elif name == "lr" and value is None:
+                    self.factors.clear()
                 elif name == "lr" and "initial_lr" in group:  # a scheduler drives it
-                    self.factors[name] = value / group[name]
+                    self.factors[name] = value if self._hold else value / group[name]
                 else:
                     group[name] = tuple(value) if isinstance(group[name], tuple) else value
 
@@ -138,7 +150,7 @@ class Plain:
         if self.clip is not None:
             nn.utils.clip_grad_norm_(group["params"], self.clip)
         before = {name: group[name] for name in self.factors}
-        group.update({name: group[name] * factor for name, factor in self.factors.items()})
+        group.update({k: f if self._hold else group[k] * f for k, f in self.factors.items()})
         self._optimizer.step()
         group.update(before)
 
@@ -154,7 +166,7 @@ def run(program, pipe):
     if program.group:
         os.setpgid(0, 0)
     if program.resume is not None:
-        os.environ["ONTHEFLY_RESUME"] = program.resume
+        os.environ.update(ONTHEFLY_RESUME=program.resume, ONTHEFLY_STORE=program.store)
     try:
         train(program, functools.partial(_meet, pipe))
     except BaseException:
@@ -179,8 +191,10 @@ def train(program, meet):
     several = {"num_workers": program.workers, "persistent_workers": program.persistent}
     if program.workers:
         several["multiprocessing_context"] = program.context
-    loader = DataLoader(Samples(), BATCH, shuffle=True, **several)
-    val_loader = DataLoader(Samples(2), 16, **several)
+    loader = DataLoader(Samples(1, program.augmented), BATCH, shuffle=True, **several)
+    # Workers that live on keep what their generators have come to; nobody can put that back from outside.
+    augmented = program.augmented and not (program.persistent and program.val_workers)
+    val_loader = DataLoader(Samples(2, augmented), 16, **several if program.val_workers else {})
     session = _attached(program, model, optimizer, scheduler, loader, val_loader)
     taken = os.open(Path(program.folder) / "taken.bin", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     losses, seen, numbers = [], [], []
@@ -248,7 +262,7 @@ def train(program, meet):
 
 def _attached(program, model, optimizer, scheduler, loader, val_loader):
     if program.store is None:
-        return Plain(optimizer, loader, program.given)
+        return Plain(optimizer, loader, program.given, program.hold)
     import onthefly
 
     def fails(outputs, targets):

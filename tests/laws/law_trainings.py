@@ -100,6 +100,11 @@ class Training:
         assert self._pipe.recv() == step
         return self
 
+    @property
+    def standing(self):
+        """Whether it stands in a step."""
+        return self._pipe.poll()
+
     def go(self):
         """Let it on from where it stands."""
         self._pipe.send("go")
@@ -260,13 +265,21 @@ def _plain(program):
             training.close()
 
 
+class Values(dict):
+    """What is changed at a step. Hashable, so that a plain loop's result can be kept by what it was given."""
+
+    def __hash__(self):
+        return hash(repr(sorted(self.items())))
+
+
 def changes_of(store, run, generation=0):
     """What a run was told to change, as the `given` of a plain loop."""
     events = queries.events(store, run, generation=generation, kinds=["command"])
-    return tuple(
-        (event.step, event.epoch, {change["name"].split(".")[-1]: change["after"] for change in event.data["changed"]})
+    changes = [
+        (event.step, event.epoch, Values({c["name"].split(".")[-1]: c["after"] for c in event.data["changed"]}))
         for event in events
-    )
+    ]
+    return tuple(sorted(changes, key=lambda change: change[:2]))  # stable: at one step they stay in their order
 
 
 # -- equality --------------------------------------------------------------------------------------------------

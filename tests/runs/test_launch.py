@@ -52,12 +52,15 @@ def test_a_script_becomes_the_process_that_it_was(script):
     assert first[3]["attach"] == 2
 
 
-def test_the_hash_seed_is_as_it_was(script):
+@pytest.mark.parametrize("name", ["PYTHONHASHSEED", "OMP_NUM_THREADS"])
+def test_a_variable_that_changes_what_is_computed_is_as_it_was(script, monkeypatch, name):
+    monkeypatch.delenv(name, raising=False)
     ((_, _, _, free),) = run("train.py", cwd=script.parent)
-    ((_, _, _, fixed),) = run("train.py", cwd=script.parent, PYTHONHASHSEED="7")
-    assert (free["hash_seed"], fixed["hash_seed"]) == (None, "7")
-    assert "PYTHONHASHSEED" not in launch.environment(free, {})
-    assert launch.environment(fixed, {})["PYTHONHASHSEED"] == "7"
+    ((_, _, _, fixed),) = run("train.py", cwd=script.parent, **{name: "1"})
+    assert (free["environment"].get(name), fixed["environment"][name]) == (None, "1")
+    monkeypatch.setenv(name, "2")
+    assert name not in launch.environment(free, {})
+    assert launch.environment(fixed, {})[name] == "1"
 
 
 def test_orders_to_one_process_are_not_passed_on(script, monkeypatch):

@@ -138,7 +138,7 @@ def chunks(store, name):
 def test_chunks_stay_few_and_in_order(store, session, journal):
     loss = journal.series("baseline", 0, "loss")
     for step in range(5000):
-        journal.metrics(step, 0, float(step), [(loss, -float(step))])
+        journal.metrics(step, 0, float(step), [loss, -float(step)])
         if step % 7 < 3:
             project(store, session)
         if step % 50 == 0:
@@ -156,7 +156,7 @@ def test_chunks_stay_few_and_in_order(store, session, journal):
 def test_full_chunks_are_full_and_come_first(store, session, journal):
     loss = journal.series("baseline", 0, "loss")
     for step in range(3 * FULL + 5):
-        journal.metrics(step, 0, 0.0, [(loss, 1.0)])
+        journal.metrics(step, 0, 0.0, [loss, 1.0])
         if step in (10, FULL // 2, FULL, FULL + 3):
             project(store, session)
     project(store, session)
@@ -196,13 +196,13 @@ def long_journal(tmp_path_factory):
     rng = np.random.default_rng(3)
     rare, some, dense = (journal.series("baseline", 0, name) for name in ("rare", "some", "dense"))
     for step in range(20_000):
-        values = [(dense, rng.normal())] + [(some, math.nan if step % 60 == 0 else 1 / (step + 1))] * (step % 20 == 0)
+        values = [dense, rng.normal()] + [some, math.nan if step % 60 == 0 else 1 / (step + 1)] * (step % 20 == 0)
         journal.metrics(step, 0, step / 10, values)
         if step % 1000 == 0:
             journal.fact("checkpoint", checkpoint(f"/elsewhere/{step % 3000}", str(step), journal.seq))
         if step % 700 == 0:
             journal.fact("event", {**WHERE, "event": "paused", "data": {"step": step}})
-    journal.metrics(20_000, 1, 0.0, [(rare, 1.0)])
+    journal.metrics(20_000, 1, 0.0, [rare, 1.0])
     journal.fact("run", {"run": "baseline", "status": "finished"})
     journal.close()
     return path.read_bytes()
@@ -267,7 +267,7 @@ def test_processes_that_project_at_once_bring_each_record_once(store, session, j
         assert process.stdout.readline() == "ready\n"
     loss = journal.series("baseline", 0, "loss")
     for step in range(30_000):
-        journal.metrics(step, 0, 0.0, [(loss, float(step))])
+        journal.metrics(step, 0, 0.0, [loss, float(step)])
         if step % 10 == 0:
             journal.fact("event", {**WHERE, "event": "paused", "data": {}})
     (tmp_path / "enough").touch()

@@ -22,7 +22,7 @@ def told(store, new_session):
                 journal.fact("event", {**where, "event": "generation", "data": {"from": first, "reason": "reset"}})
             loss = journal.series(run, generation, "loss")
             for step in range(first + (generation > 0), last):  # a step logs before its boundary
-                journal.metrics(step, 0, step / 2, [(loss, step + generation / 10)])
+                journal.metrics(step, 0, step / 2, [loss, step + generation / 10])
             about = {"size": 1, "reason": "manual", "pinned": False, "metrics": {}, "captured": journal.seq}
             path = store.checkpoints_dir / f"{run}-{generation}"
             journal.fact("checkpoint", {**where, **about, "path": str(path), "hash": f"{run}{generation}"})
@@ -66,11 +66,11 @@ def test_a_lower_resolution_keeps_the_extremes_of_what_is_shown(store, new_sessi
     ids = [journal.series("baseline", generation, "loss") for generation in (0, 1)]
     values = np.random.default_rng(1).normal(size=2 * FULL + 100)
     for step, value in enumerate(values):
-        journal.metrics(step, 0, 0.0, [(ids[0], value)])
+        journal.metrics(step, 0, 0.0, [ids[0], value])
     cut = FULL + 1000
     where = {"run": "baseline", "generation": 1, "step": cut, "epoch": 0, "time": 1.0}
     journal.fact("event", {**where, "event": "generation", "data": {"from": cut}})
-    journal.metrics(cut + 1, 0, 0.0, [(ids[1], 99.0)])
+    journal.metrics(cut + 1, 0, 0.0, [ids[1], 99.0])
     journal.close()
     project(store, session)
     shown = np.append(values[: cut + 1], 99.0)

@@ -228,7 +228,7 @@ lock.acquire()
 journal = Journal(store.journal_path(id))
 loss = journal.series(run, 0, "loss")
 for step in range(1000):
-    journal.metrics(step, 0, 0.0, [(loss, float(step))])
+    journal.metrics(step, 0, 0.0, [loss, float(step)])
 journal.fact("event", {"event": "paused", "run": run, "generation": 0, "step": 9, "epoch": 0, "time": 2.0, "data": {}})
 print(id, flush=True)
 if sys.stdin.readline() == "end\\n":

@@ -49,14 +49,12 @@ class History:
             self.loss = numbers["loss"]
         if self._recorded:
             numbers = self._compare(step, epoch, numbers)
-        series = self._series
-        try:
-            values = [(series[name], value) for name, value in numbers.items()]
-        except KeyError:
-            for name in numbers:
-                if name not in series:
-                    series[name] = self._journal.series(self.run, self.generation, name)
-            values = [(series[name], value) for name, value in numbers.items()]
+        values: list[float] = []  # id, number, id, number, ...
+        for name, value in numbers.items():
+            number = self._series.get(name)
+            if number is None:
+                number = self._series[name] = self._journal.series(self.run, self.generation, name)
+            values += (number, value)
         if values:
             self._journal.metrics(step, epoch, time.time() if when is None else when, values)
 

@@ -109,8 +109,9 @@ def begin(config: SessionConfig, inexact: Sequence[str]) -> Start:
         )
     number = next(_attachments)
     resume, replay = os.environ.pop(launch.RESUME, None), os.environ.pop(launch.REPLAY, None)
-    # A process that was started again is told where its run is recorded, whatever its script says.
-    chosen = config.store if resume is None and replay is None else None
+    # A process that was started again may be told where its run is recorded; that counts, whatever its script says.
+    told = (resume is not None or replay is not None) and launch.STORE in os.environ
+    chosen = None if told else config.store
     store = Store.open(None if chosen is None else os.fspath(chosen), create=True)
     try:
         store.recover(time.time())

@@ -1,6 +1,7 @@
 """Launching: how this process was started, and how a recorded one is started again.
 
-A launch is a JSON value: ``{"argv", "executable", "cwd", "attach", "hash_seed"}``.
+A launch is a JSON value: ``{"argv", "executable", "cwd", "attach", "environment"}``; the environment holds the variables
+that change what the same program computes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ Launch = Mapping[str, Any]
 
 RESUME, REPLAY, STORE = "ONTHEFLY_RESUME", "ONTHEFLY_REPLAY", "ONTHEFLY_STORE"
 _ORDERS = (RESUME, REPLAY)  # addressed to one process, never inherited by the next
+_TELLING = (
+    "PYTHONHASHSEED",
+    "OMP_NUM_THREADS",  # the order in which a sum is split and added up
+    "MKL_NUM_THREADS",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_VISIBLE_DEVICES",
+)
 _TAKES_VALUE = "WX"  # interpreter options such as -W error; -c and -m end the options
 
 
@@ -39,17 +47,15 @@ def record(attach: int = 1) -> dict[str, Any] | None:
         "executable": sys.executable,
         "cwd": str(cwd),
         "attach": attach,
-        "hash_seed": os.environ.get("PYTHONHASHSEED"),
+        "environment": {name: os.environ[name] for name in _TELLING if name in os.environ},
     }
 
 
 def environment(launch: Launch, extra: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment, with the recorded hash seed, without orders to others, and with `extra`."""
+    """This process's environment, with what was recorded of the other, without orders to others, and with `extra`."""
     env = {name: value for name, value in os.environ.items() if name not in _ORDERS}
-    env.pop("PYTHONHASHSEED", None)
-    if launch.get("hash_seed") is not None:
-        env["PYTHONHASHSEED"] = str(launch["hash_seed"])
-    return env | dict(extra)
+    same = {name: value for name, value in env.items() if name not in _TELLING}
+    return {**same, **launch["environment"], **extra}
 
 
 def relaunch(launch: Launch, extra: Mapping[str, str]) -> NoReturn:

@@ -13,7 +13,6 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 from zlib import crc32
@@ -26,7 +25,8 @@ _FRAME = struct.Struct("<II")
 _SEQ = struct.Struct("<Q")
 _STEP = struct.Struct("<QId")
 _POINT = struct.Struct("<Id")
-_PREFIX = _FRAME.size + _SEQ.size
+_SEQ_SIZE = _SEQ.size
+_PREFIX = _FRAME.size + _SEQ_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +97,23 @@ class Journal:
                 self._series[key] = number
             return self._series[key]
 
-    def metrics(self, step: int, epoch: int, time: float, values: Sequence[tuple[int, float]]) -> None:
-        """Record the numbers of one step, each with its series' id; non-finite ones too. `time` is in Unix seconds."""
+    def metrics(self, step: int, epoch: int, time: float, values: Sequence[float]) -> None:
+        """Record the numbers of one step, non-finite ones too: `values` are a series' id, its number, the next id, ...
+
+        `time` is in Unix seconds. This is what a logging step costs, so the way to the file is written out here.
+        """
         packer = self._packers.get(len(values)) or self._packer(len(values))
         with self._lock:
-            if len(self._held) > HELD_LIMIT and not self._write():
-                self.lost += 1
+            if self._held:
+                if len(self._held) > HELD_LIMIT and not self._write():
+                    self.lost += 1
+                    return
+                self._append(packer.pack(self.seq + 1, METRICS, step, epoch, time, *values))
                 return
-            self._append(packer.pack(self.seq + 1, METRICS, step, epoch, time, *chain.from_iterable(values)))
+            # Taken before the write, so that an exception in between (Ctrl-C) leaves a gap, never a number used twice.
+            self.seq = seq = self.seq + 1
+            body = packer.pack(seq, METRICS, step, epoch, time, *values)
+            self._put(_FRAME.pack(len(body) - _SEQ_SIZE, crc32(body)) + body)
 
     def fact(self, kind: str, data: Mapping[str, Any]) -> int:
         """Record a fact; gives its record's number. Raises `TypeError` if `data` is not JSON."""
@@ -129,7 +138,7 @@ class Journal:
                 self._fd = -1
 
     def _packer(self, count: int) -> struct.Struct:
-        self._packers[count] = packer = struct.Struct("<QcQId" + count * "Id")
+        self._packers[count] = packer = struct.Struct("<QcQId" + count // 2 * "Id")
         return packer
 
     def _fact(self, kind: str, data: Mapping[str, Any]) -> int:
@@ -138,19 +147,21 @@ class Journal:
         return self.seq
 
     def _append(self, body: bytes) -> None:
-        record = _FRAME.pack(len(body) - _SEQ.size, crc32(body)) + body
-        # Taken before the write, so that an exception in between (Ctrl-C) leaves a gap, never a number used twice.
+        record = _FRAME.pack(len(body) - _SEQ_SIZE, crc32(body)) + body
         self.seq += 1
         if self._held:
             self._held += record
             self._write()
-            return
+        else:
+            self._put(record)
+
+    def _put(self, record: bytes) -> None:
         try:
             written = os.write(self._fd, record)
         except OSError:
             written = 0
-        self.failing = written < len(record)
-        if self.failing:
+        if written != len(record):
+            self.failing = True
             self._held += record[written:]
 
     def _write(self) -> bool:
@@ -188,7 +199,7 @@ def _bodies(file: BinaryIO, left: int) -> Iterator[bytes]:
         left -= _PREFIX + length
         if left < 0:
             return
-        body = file.read(_SEQ.size + length)
+        body = file.read(_SEQ_SIZE + length)
         if crc32(body) != checksum:
             return
         yield body
@@ -196,7 +207,7 @@ def _bodies(file: BinaryIO, left: int) -> Iterator[bytes]:
 
 def _parse(body: bytes) -> Record:
     (seq,) = _SEQ.unpack_from(body)
-    start = _SEQ.size + 1
+    start = _SEQ_SIZE + 1
     if body[_SEQ.size : start] == METRICS:
         step, epoch, time = _STEP.unpack_from(body, start)
         return MetricsRecord(seq, step, epoch, time, tuple(_POINT.iter_unpack(body[start + _STEP.size :])))
