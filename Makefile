@@ -14,7 +14,7 @@ demo: .venv/stamp
 	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: .venv/stamp
-	$(BIN)/python -m pytest -q --cov --cov-report=term $(TEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=term $(TEST_ARGS)
 
 lint: .venv/stamp
 	$(BIN)/ruff check .

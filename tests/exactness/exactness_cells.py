@@ -410,6 +410,7 @@ def train_attached(training, config, kill_at):
 def run(order):
     """What a process does: train as it was told, and leave a trace."""
     folder = Path(order.folder)
+    os.setpgrp()  # so that what it leaves behind when it is killed can be found
     output = os.open(Path(order.trace).with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     sys.stdout.flush(), sys.stderr.flush()
     os.dup2(output, 1), os.dup2(output, 2)
@@ -422,6 +423,7 @@ def run(order):
         train_plain(training)
         trace.end(live=training.leaves())
         return
+    os.environ.pop(launch.STORE, None)  # whoever runs the tests may have one
     if order.resumed:
         os.environ[launch.RESUME] = RUN
     config = onthefly.SessionConfig(

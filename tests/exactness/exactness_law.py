@@ -7,8 +7,10 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +93,34 @@ def random_cases(rng, count):
 # -- processes -------------------------------------------------------------------------------------------------
 
 
+class Processes:
+    """The trainings of one cell. With the block ends what is left of them.
+
+    That may be a loader worker: one that is just being started when its trainer is killed does not notice, and would stay.
+    """
+
+    def __init__(self, cell, folder):
+        self._cell = cell
+        self._folder = folder
+        self._started = []
+
+    def start(self, store, number, **options):
+        """Start a training that is recorded in a store of that name: its first process (0), or a later one."""
+        folder, trace = self._folder / store, self._folder / f"{store}-{number}.trace"
+        folder.mkdir(parents=True, exist_ok=True)
+        # A later process has other random numbers at first: what it does not restore cannot be right by chance.
+        options = {"resumed": number > 0, "seed": 1 + number, **options}
+        self._started.append(Process(Order(self._cell, str(folder), str(trace), **options)))
+        return self._started[-1]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for process in self._started:
+            process.end()
+
+
 class Process:
     """A training that is under way."""
 
@@ -102,23 +132,20 @@ class Process:
     def lines(self):
         """Its trace, once it has ended as it should: killed if it was to be killed, and well if not."""
         self._process.join(_PATIENCE)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-            raise AssertionError(f"a process hung; {self._said()}")
+        assert not self._process.is_alive(), f"a process hung; {self._said()}"
         code, expected = self._process.exitcode, -9 if self.order.kill or self.order.kill_at else 0
         assert code == expected, f"a process ended with {code}, not {expected}; {self._said()}"
         trace = Path(self.order.trace)
         return [json.loads(line) for line in trace.read_text().splitlines()] if trace.exists() else []
 
+    def end(self):
+        self._process.kill()
+        self._process.join()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # the group that `run` made, if anyone is left in it
+
     def _said(self):
         return f"it said:\n{Path(self.order.trace).with_suffix('.out').read_text()}"
-
-
-def start(cell, folder, name, **options):
-    """Start a training whose store is `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return Process(Order(cell, str(folder), str(folder.parent / f"{folder.name}-{name}.trace"), **options))
 
 
 # -- the law ---------------------------------------------------------------------------------------------------
@@ -128,47 +155,44 @@ def check(case, folder):
     """Raises `AssertionError`, naming the first difference, and how to check this case alone."""
     cell = case.cell
     try:
-        whole = start(cell, folder / "whole", 0, every="epoch")
-        # Loader workers seed samples by their position, which no plain loop does.
-        plain = start(cell, folder / "plain", 0, attached=False) if cell.workers == "0" else None
-        parts = killed_and_resumed(case, folder / "stopped")
-        never_stopped = whole.lines()
-        if plain is not None:
-            assert_same_as_plain(plain.lines(), never_stopped)
-        assert_same_run(cell, never_stopped, parts, list(case.resumes()))
+        with Processes(cell, folder) as processes:
+            whole = processes.start("whole", 0, every="epoch")
+            # Loader workers seed samples by their position, which no plain loop does.
+            plain = processes.start("plain", 0, attached=False) if cell.workers == "0" else None
+            parts = killed_and_resumed(case, processes)
+            never_stopped = whole.lines()
+            if plain is not None:
+                assert_same_as_plain(plain.lines(), never_stopped)
+            assert_same_run(cell, never_stopped, parts, list(case.resumes()))
     except AssertionError as e:
         raise AssertionError(f"{e}\nto check this case alone: {sys.executable} {__file__} {case}") from None
 
 
 def check_plain(cell, folder, **options):
     """An attached run is the plain loop."""
-    attached, plain = start(cell, folder / "whole", 0, **options), start(cell, folder / "plain", 0, attached=False)
-    assert_same_as_plain(plain.lines(), attached.lines())
+    with Processes(cell, folder) as processes:
+        attached, plain = processes.start("whole", 0, **options), processes.start("plain", 0, attached=False)
+        assert_same_as_plain(plain.lines(), attached.lines())
 
 
 def check_killed_at(cell, moment, folder):
     """A run that was killed between `attach` and its first step, or between its last and the session's end."""
-    whole, killed = start(cell, folder / "whole", 0), start(cell, folder / "stopped", 0, kill_at=moment)
-    before = killed.lines()
-    # Before its first step a run has no checkpoint: it begins anew, from the objects as the script makes them.
-    seed = 1 if moment == "attached" else 2
-    after = start(cell, folder / "stopped", 1, resumed=True, seed=seed).lines()
-    assert_same_run(cell, whole.lines(), [before, after], [0 if moment == "attached" else STEPS])
+    with Processes(cell, folder) as processes:
+        whole, killed = processes.start("whole", 0), processes.start("stopped", 0, kill_at=moment)
+        before = killed.lines()
+        # Before its first step a run has no checkpoint: it begins anew, from the objects as the script makes them.
+        again = {"seed": 1} if moment == "attached" else {}
+        after = processes.start("stopped", 1, **again).lines()
+        assert_same_run(cell, whole.lines(), [before, after], [0 if moment == "attached" else STEPS])
 
 
-def killed_and_resumed(case, folder):
+def killed_and_resumed(case, processes):
     """The traces of all the processes that a run took."""
     parts, begun = [], 0
     for number, (kill, resumed) in enumerate(zip(case.kills, case.resumes(), strict=True)):
-        parts.append(start(case.cell, folder, number, every=case.every, kill=kill - begun, **process(number)).lines())
+        parts.append(processes.start("stopped", number, every=case.every, kill=kill - begun).lines())
         begun = resumed
-    number = len(case.kills)
-    return [*parts, start(case.cell, folder, number, every=case.every, **process(number)).lines()]
-
-
-def process(number):
-    """A later process has other random numbers at first: what it does not restore cannot be right by chance."""
-    return {"resumed": number > 0, "seed": 1 + number}
+    return [*parts, processes.start("stopped", len(case.kills), every=case.every).lines()]
 
 
 def assert_same_as_plain(plain, attached):

@@ -18,9 +18,12 @@ from onthefly.store.projection import project
 from onthefly.store.store import CommandWatch, Store
 
 _POLL = 0.02  # seconds between looks for commands
-_FLUSH = 0.1  # between writes of the journal's news into the database
+_FLUSH = 0.2  # between writes of the journal's news into the database; each holds the GIL for a millisecond or two
 _HEARTBEAT = 1.0
 _RETRY = 0.5  # while the database cannot be used
+_BUSY = 0.1  # that another process's write is waited for: whoever forks loader workers meanwhile waits with it
+_PATIENCE = 1.0  # with an outage, until anybody is told
+_LAST_TRIES = 2.0  # for the last news of a session; what is left then is carried over by whoever opens the store next
 
 Status = Callable[[], tuple[str, int, int, float | None]]
 """What a heartbeat says: status, step, epoch, the last loss."""
@@ -36,7 +39,7 @@ class Recorder:
     def __init__(
         self, store: Store, session: int, journal: Journal, gate: Gate, status: Status, is_due: Callable[[], bool]
     ) -> None:
-        self._store = store
+        self._root = store.root  # a connection of its own: that one waits longer
         self._session = session
         self._journal = journal
         self._gate = gate
@@ -46,9 +49,11 @@ class Recorder:
         self._deferred: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._outside = threading.Lock()  # held while the database is in use; os.fork waits for it
         self._stop = False
+        self._give_up = float("inf")
         self._awake = threading.Event()
         self._urgent = False
         self._unusable_since: float | None = None
+        self._told = False
         self.on_outage: Callable[[float, int], None] = lambda seconds, lost: None
         self._lost = 0
         self._log = logging.getLogger("onthefly")
@@ -69,6 +74,7 @@ class Recorder:
 
     def close(self, timeout: float = 10.0) -> None:
         """Stop, after one last carrying over. What the database did not take stays in the journal."""
+        self._give_up = time.monotonic() + _LAST_TRIES
         self._stop = True
         self._awake.set()
         if self._thread.is_alive():
@@ -77,6 +83,7 @@ class Recorder:
     # -- the thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        store: Store | None = None
         watch: CommandWatch | None = None
         flushed = beat = 0.0
         carried, said = -1, ""
@@ -89,40 +96,50 @@ class Recorder:
             now = time.monotonic()
             try:
                 with self._outside:
+                    if store is None:
+                        store = Store.open(self._root, busy_timeout=_BUSY)
                     if watch is None:
-                        watch = CommandWatch(self._store)
-                        self._take_commands()
+                        watch = CommandWatch(store)
+                        self._take_commands(store)
                     elif watch.changed():
-                        self._take_commands()
+                        self._take_commands(store)
                     if (now - flushed >= _FLUSH or last or urgent) and (
                         self._journal.seq != carried or self._journal.failing
                     ):
+                        if self._journal.failing:
+                            self._journal.sync()  # training may have nothing to write for long
                         carried, flushed = self._journal.seq, now
-                        project(self._store, self._session)
+                        project(store, self._session)
                     status, step, epoch, loss = self._status()
                     if now - beat >= _HEARTBEAT or last or status != said:
                         beat, said = now, status
-                        self._store.heartbeat(
+                        store.heartbeat(
                             self._session, status=status, step=step, epoch=epoch, time=time.time(), loss=loss
                         )
-                self._usable_again(now)
+                    if self._journal.failing:
+                        self._unusable(
+                            now, "its journal cannot be written; training goes on, memory keeps what happens"
+                        )
+                    else:
+                        self._usable_again(now)
+                    if last:
+                        project(store, self._session)  # what has just been said
             except (StoreError, OSError) as e:
                 carried = -1
                 if watch is not None:
                     watch.close()
                 watch = None
-                self._unusable(now, e)
-                if last:
-                    return
-                self._awake.wait(_RETRY)
-                continue
-            if last:
-                watch.close()
-                return
-            self._awake.wait(_POLL)
+                self._unusable(now, f"{e}; training goes on, the journal keeps what happens")
+            if last and (watch is not None or now >= self._give_up):
+                break
+            self._awake.wait(_POLL if watch is not None or last else _RETRY)
+        if watch is not None:
+            watch.close()
+        if store is not None:
+            store.close()
 
-    def _take_commands(self) -> None:
-        for row in self._store.queued_commands(self._session):
+    def _take_commands(self, store: Store) -> None:
+        for row in store.queued_commands(self._session):
             if row.id in self._seen:
                 continue
             self._seen.add(row.id)
@@ -147,20 +164,19 @@ class Recorder:
                 return
             task()
 
-    def _unusable(self, now: float, reason: Exception) -> None:
+    def _unusable(self, now: float, reason: str) -> None:
         if self._unusable_since is None:
             self._unusable_since = now
-            self._log.warning("the store cannot be used (%s); training goes on, the journal keeps what happens", reason)
+        if not self._told and now - self._unusable_since >= _PATIENCE:
+            self._told = True
+            self._log.warning("the store cannot be used: %s", reason)
 
     def _usable_again(self, now: float) -> None:
         lost = self._journal.lost - self._lost
-        if self._unusable_since is None and not lost:
-            return
-        if self._journal.failing:
-            return
         seconds = now - self._unusable_since if self._unusable_since is not None else 0.0
-        self._unusable_since, self._lost = None, self._journal.lost
-        self.on_outage(seconds, lost)
+        told, self._told, self._unusable_since, self._lost = self._told, False, None, self._journal.lost
+        if told or lost:
+            self.on_outage(seconds, lost)
 
 
 def _stay_outside_while_forking(recorder: Recorder) -> None:
