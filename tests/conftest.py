@@ -1,11 +1,15 @@
 """A store of one's own, and processes that play sessions in it (see `player.py`)."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+# The processes that share the tests between them must choose the same random ones.
+os.environ.setdefault("ONTHEFLY_SEED", str(random.randrange(10**6)))
 
 PLAYER = Path(__file__).with_name("player.py")
 
