@@ -311,7 +311,8 @@ class Session:
     def load(self, path: Path, *, content: str | None = None, reason: str) -> Kept:
         """Put a checkpoint's state into the live objects; the run goes on from there as a new generation."""
         value, file = self._checkpointer.read(path, content)
-        if unclaimed := self._state.unclaimed(value):
+        knobs = self._knobs.unclaimed_of(value.get("knobs"))
+        if unclaimed := [*self._state.unclaimed(value), *(f"knob {name}" for name in knobs)]:
             raise StateMismatchError(f"{path}: nobody here tracks {', '.join(unclaimed)}, which it holds")
         self._state.restore(value)
         self._watch.forget()
@@ -429,15 +430,15 @@ class Session:
             self._start.until.write(self._state)
             self._leave("replayed", 0)
         ready = self._ready()
+        if ready and (reason := self._due_save or self._interval()):  # before a command makes another state of it
+            self._due_save = None
+            self._try_save(reason)
         while (request := self._gate.take()) is not None:
             self._waiting.append(request)
         for request in list(self._waiting):
             if self._may_run(request, ready):
                 self._waiting.remove(request)
                 self._perform(request)
-        if not self._paused and ready and (reason := self._due_save or self._interval()):
-            self._due_save = None
-            self._try_save(reason)
         while self._paused and self._gate.signal is None:
             self._stand_still()
         if self._gate.signal is not None and (ready or self._paused):

@@ -5,12 +5,14 @@ end. `Plain` stands where the session stands when there is none; it does what a 
 """
 
 import functools
+import json
 import logging
 import os
 import random
 import struct
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +50,8 @@ class Program:
     val_workers: bool = True
     """Whether the validation's loader has workers, if the training's has."""
     optimizer: str = "adamw"
+    knobs: tuple[str, ...] = ("noise",)
+    """Values that it registers. Only the first is used."""
     width: int = 8
     test_loss: str = "fine"
     """What the `loss_fn` given to the session does: "fine", "fails", or None for no loss_fn."""
@@ -63,6 +67,8 @@ class Program:
     """Whether a learning rate given under a scheduler is fixed (until the scheduler's own is given)."""
     group: bool = False
     """Be the leader of a process group of its own."""
+    user: int | None = None
+    """Be that user, who is not root."""
     config: dict = field(default_factory=dict)
 
 
@@ -165,6 +171,8 @@ def run(program, pipe):
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(message)s", level=logging.INFO, force=True)
     if program.group:
         os.setpgid(0, 0)
+    if program.user is not None:
+        become(program.user)
     if program.resume is not None:
         os.environ.update(ONTHEFLY_RESUME=program.resume, ONTHEFLY_STORE=program.store)
     try:
@@ -174,6 +182,23 @@ def run(program, pipe):
         raise
 
 
+def become(user):
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+
+
+def can_write(folder, user, pipe):
+    """Say through the pipe whether a user can make a file in a folder."""
+    become(user)
+    try:
+        Path(folder, "proof").touch()
+    except OSError as e:
+        pipe.send(e.strerror)
+    else:
+        pipe.send(None)
+
+
 def train(program, meet):
     """The training itself. `meet(step)` is called in the steps of `program.stops`."""
     torch.set_num_threads(1)
@@ -181,7 +206,11 @@ def train(program, meet):
     np.random.seed(program.seed)
     torch.manual_seed(program.seed)
     model = nn.Sequential(
-        nn.Linear(6, program.width), nn.BatchNorm1d(program.width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(program.width, 3)
+        nn.Linear(6, program.width),
+        nn.BatchNorm1d(program.width),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Linear(program.width, 3),
     )
     if program.optimizer == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -199,11 +228,13 @@ def train(program, meet):
     taken = os.open(Path(program.folder) / "taken.bin", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     losses, seen, numbers = [], [], []
 
-    def step(batch, noise):
+    def step(batch, noise, epoch=0):
         inputs, targets = batch
-        loss = nn.functional.cross_entropy(model(inputs + noise.value * torch.randn_like(inputs)), targets)
+        blurred = inputs + noise.value * (1 + epoch) * torch.randn_like(inputs)
+        loss = nn.functional.cross_entropy(model(blurred), targets)
         session.log(loss=loss.detach())
-        os.write(taken, LINE.pack(session.step, loss.item()))
+        with suppress(OSError):  # where nothing can be written, the note cannot, either
+            os.write(taken, LINE.pack(session.step, loss.item()))
         losses.append(loss.item())
         seen.append(inputs[:, 0].tolist())
         (loss / program.accumulate).backward()
@@ -220,14 +251,15 @@ def train(program, meet):
     with session:
         average = torch.optim.swa_utils.AveragedModel(model)
         session.track(average=average)
-        noise = session.knob("noise", 0.01)
+        noise, *_ = [session.knob(name, 0.01) for name in program.knobs]
         if 0 in program.stops:
             meet(0)
         if program.loop == "epochs":
-            for _ in session.epochs(program.epochs):
+            for epoch in session.epochs(program.epochs):
                 model.train()
+                torch.rand(1)  # a loop's start of an epoch may draw
                 for batch in session:
-                    step(batch, noise)
+                    step(batch, noise, epoch)
                     if session.step == program.break_at:
                         break
                 if session.step == program.break_at:
@@ -268,10 +300,7 @@ def _attached(program, model, optimizer, scheduler, loader, val_loader):
     def fails(outputs, targets):
         raise ZeroDivisionError("the user's loss divides by zero")
 
-    if program.loop == "batches":
-        config = {"max_epochs": program.epochs, **program.config}
-    else:
-        config = dict(program.config)
+    limit = {"max_epochs": program.epochs} if program.loop == "batches" else {}
     return onthefly.attach(
         model,
         optimizer,
@@ -280,7 +309,7 @@ def _attached(program, model, optimizer, scheduler, loader, val_loader):
         val_loader=val_loader,
         test_loader=DataLoader(Samples(3), 16),
         loss_fn={"fine": nn.functional.cross_entropy, "fails": fails, None: None}[program.test_loss],
-        config=onthefly.SessionConfig(store=program.store, **config),
+        config=onthefly.SessionConfig(store=program.store, **limit, **program.config),
     )
 
 
@@ -294,3 +323,12 @@ def _validate(model, val_loader):
 def _meet(pipe, step):
     pipe.send(step)
     pipe.recv()
+
+
+def _meet_a_parent(step):
+    print(step, flush=True)
+    sys.stdin.readline()
+
+
+if __name__ == "__main__":  # a real command line: its argument is a program as JSON
+    train(Program(**json.loads(sys.argv[1])), _meet_a_parent)

@@ -5,17 +5,22 @@ Everything that a test waits for is a fact: an answered command, an event in the
 
 import functools
 import itertools
+import json
 import multiprocessing
 import os
+import select
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import law_programs
 import numpy as np
 import torch
 from law_programs import LINE, Program, run
@@ -43,16 +48,24 @@ def until(fact, what):
 
 
 class Training:
-    """One process that trains. Killed, if it still runs, when its `Trainings` end."""
+    """One process that trains. Killed, if it still runs, when its `Trainings` end.
 
-    def __init__(self, program):
+    It is forked from one that has torch, or started as a real command line.
+    """
+
+    def __init__(self, program, *, command_line=False):
         self.program = program
         self.folder = Path(program.folder)
         self.folder.mkdir(parents=True)
-        self._pipe, theirs = _processes.Pipe()
-        self._process = _processes.Process(target=run, args=(program, theirs))
-        self._process.start()
-        theirs.close()
+        if program.user is not None:
+            os.chown(self.folder, program.user, program.user)
+        if command_line:
+            self._process = self._pipe = _CommandLine(program)
+        else:
+            self._pipe, theirs = _processes.Pipe()
+            self._process = _processes.Process(target=run, args=(program, theirs))
+            self._process.start()
+            theirs.close()
         self._client = None
 
     @property
@@ -181,7 +194,16 @@ class Training:
         assert self._process.exitcode == -signal.SIGKILL
 
     def signal(self, number):
-        os.kill(self.pid, number)
+        """Send a signal as a terminal or a batch system does: to the whole group, if it has one of its own."""
+        if self.program.group:
+            os.killpg(self.pid, number)
+        else:
+            os.kill(self.pid, number)
+
+    def children(self):
+        """The pids of its child processes, such as loader workers."""
+        tasks = Path(f"/proc/{self.pid}/task").glob("*/children")
+        return [int(pid) for task in tasks for pid in task.read_text().split()]
 
     def taken(self):
         """Every (step, loss) that its `session.log` has taken."""
@@ -200,6 +222,55 @@ class Training:
 
     def _must_live(self):
         assert not self.is_over, f"the training is over; it said:\n{self.said}"
+
+
+class _CommandLine:
+    """A program started as a user would, with the doors of a multiprocessing process and of a pipe to it."""
+
+    def __init__(self, program):
+        arguments = {name: value for name, value in asdict(program).items() if name != "given"}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("ONTHEFLY_")}
+        if program.resume is not None:
+            environment |= {"ONTHEFLY_RESUME": program.resume, "ONTHEFLY_STORE": program.store}
+        with open(Path(program.folder) / "said.txt", "wb") as said:
+            self._popen = subprocess.Popen(
+                [sys.executable, law_programs.__file__, json.dumps(arguments)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                env=environment,
+                start_new_session=program.group,
+            )
+        self.pid = self._popen.pid
+
+    @property
+    def exitcode(self):
+        return self._popen.poll()
+
+    def is_alive(self):
+        return self._popen.poll() is None
+
+    def join(self, timeout):
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(timeout)
+
+    def kill(self):
+        self._popen.kill()
+
+    def poll(self):
+        ready, _, _ = select.select([self._popen.stdout], [], [], 0)
+        return bool(ready) and self.is_alive()  # at its end there is nothing to read, which counts as ready
+
+    def recv(self):
+        return int(self._popen.stdout.readline())
+
+    def send(self, word):
+        self._popen.stdin.write(f"{word}\n".encode())
+        self._popen.stdin.flush()
+
+    def close(self):
+        for end in (self._popen.stdin, self._popen.stdout):
+            end.close()
 
 
 class Trainings:
@@ -221,10 +292,11 @@ class Trainings:
     def store(self):
         return self.folder / "store"
 
-    def start(self, store="store", **program):
+    def start(self, store="store", *, command_line=False, **program):
         """Start a training in a store of that name."""
         folder = str(self.folder / f"training{next(self._numbers)}")
-        self._started.append(Training(Program(folder=folder, store=str(self.folder / store), **program)))
+        program = Program(folder=folder, store=str(self.folder / store), **program)
+        self._started.append(Training(program, command_line=command_line))
         return self._started[-1]
 
     def resume(self, before, run="baseline", **changes):
@@ -246,6 +318,19 @@ def opened(folder):
         yield store
     finally:
         store.close()
+
+
+def in_a_process(target, *arguments):
+    """What a function sends through the pipe that it is given as its last argument."""
+    ours, theirs = _processes.Pipe()
+    process = _processes.Process(target=target, args=(*arguments, theirs))
+    process.start()
+    theirs.close()
+    answer = ours.recv()
+    process.join(PATIENCE)
+    process.close()
+    ours.close()
+    return answer
 
 
 def plain(**program):

@@ -10,6 +10,7 @@ import torch
 from law_programs import PER_EPOCH
 from law_trainings import STATE, Values, assert_same, changes_of, plain, until
 
+from onthefly.checkpoints import save_checkpoint
 from onthefly.control.commands import COMMANDS
 from onthefly.errors import (
     CheckpointNotFoundError,
@@ -55,7 +56,9 @@ def test_a_pause_holds_at_the_next_boundary_until_it_is_resumed(trainings, loop,
     ended = 0 if loop == "steps" else step // PER_EPOCH
     assert (row.step, row.epoch) == (step, ended)
     saved = until(lambda: [c for c in checkpoints(training) if c.step == step], "the pause's checkpoint")
-    assert [c.reason for c in saved] == ["origin" if step == 0 else "pause" if step % PER_EPOCH or loop == "steps" else "epoch"]
+    assert [c.reason for c in saved] == [
+        "origin" if step == 0 else "pause" if step % PER_EPOCH or loop == "steps" else "epoch"
+    ]
     until(lambda: training.session.status == "paused", "a heartbeat that says so")
     assert len(training.taken()) == step
 
@@ -175,6 +178,22 @@ def test_after_a_load_the_steps_are_those_that_followed_the_checkpoint(trainings
     assert checkpoints(training)[-1].hash == alone.client.checkpoints("baseline")[-1].hash
 
 
+def test_what_is_set_after_a_load_holds(trainings):
+    """Though the load leaves an epoch, whose body ends before the loaded one begins."""
+    training = trainings.start(stops=(5, 13))
+    saved = training.go_on(5, "saveCheckpoint", pin=True)
+    paused = training.at(13).deliver("pause")
+    training.go().done(paused)
+    training.client.load(saved["hash"])
+    training.client.set(lr=0.2, noise=0.5)
+    training.client.resume()
+    training.at(13).go()
+    given = ((5, 1, Values(lr=0.2, noise=0.5)),)
+    assert_same(training.end(), plain(given=given), *STATE)
+    assert training.client.series("baseline", "val_loss").steps.tolist() == [5, 10, 15]
+    assert training.client.events(kinds=["inexact"]) == []
+
+
 def test_a_newer_checkpoint_can_be_loaded_after_an_older_one(trainings):
     training = trainings.start(stops=(4, 9))
     older = training.go_on(4, "saveCheckpoint", pin=True)
@@ -221,6 +240,11 @@ def test_a_file_that_does_not_fit_is_refused_and_training_goes_on(trainings, tmp
     mismatching = wide.go_on(7, "saveCheckpoint", pin=True)["path"]
     other = trainings.start(store="sgd", optimizer="sgd", stops=(7,))
     other_optimizer = other.go_on(7, "saveCheckpoint", pin=True)["path"]
+    knobs = trainings.start(store="knobs", knobs=("noise", "loudness"), stops=(7,))
+    unknown_knob = knobs.go_on(7, "saveCheckpoint", pin=True)["path"]
+    alone = tmp_path / "alone.safetensors"
+    model = torch.nn.Linear(2, 2)
+    save_checkpoint(alone, {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)})
     training = trainings.start(stops=(6, 7), workers=2, persistent=True)
     good = training.go_on(6, "saveCheckpoint", pin=True)
     data = bytearray(Path(good["path"]).read_bytes())
@@ -237,6 +261,8 @@ def test_a_file_that_does_not_fit_is_refused_and_training_goes_on(trainings, tmp
         str(tmp_path / "nothing"): CheckpointNotFoundError,
         mismatching: StateMismatchError,
         other_optimizer: StateMismatchError,
+        unknown_knob: StateMismatchError,
+        str(alone): StateMismatchError,
     }
     training.at(7)
     ids = {path: training.deliver("loadCheckpoint", path=path) for path in expected}

@@ -27,10 +27,11 @@ class Signals:
                 self._before[number] = signal.signal(number, self._handle)
 
     def close(self) -> None:
-        """Put the old handlers back."""
+        """Put the old handlers back, unless somebody else has installed one since."""
         for number, handler in self._before.items():
-            # None stands for a handler that was not installed from Python, and cannot be put back from there.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            if signal.getsignal(number) == self._handle:
+                # None stands for a handler that was not installed from Python, and cannot be put back from there.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

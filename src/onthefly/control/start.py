@@ -182,7 +182,7 @@ def _resumed(about: _About, name: str) -> Start:
     before = [s for s in queries.sessions(about.store) if s.run == name]
     rows = queries.checkpoints(about.store, name)
     base, after = _newest_good(about.store, run, rows)
-    again = _recorded_commands(about.store, run, after)
+    again = _recorded_commands(about.store, run, base, after)
     begun = about.start(
         name,
         run.generation,
@@ -253,9 +253,22 @@ def _newest_good(
     return None, None
 
 
-def _recorded_commands(store: Store, run: RunRow, after: tuple[int, int] | None) -> list[Due]:
-    events = queries.events(store, run.name, after=after, kinds=["command"])
-    return _due([{"step": e.step, "epoch": e.epoch, **e.data} for e in events if e.generation == run.generation])
+def _recorded_commands(store: Store, run: RunRow, base: Kept | None, after: tuple[int, int] | None) -> list[Due]:
+    """The commands that the state of `base`, whose capture came after the fact `after`, has not seen.
+
+    Their places decide, and the order of facts only where the places are one: a checkpoint of a repeated stretch
+    is younger than the commands that an earlier process was given in the steps behind it.
+    """
+    begun = (base.epoch, base.step) if base is not None else (0, 0)
+    events = queries.events(store, run.name, generation=run.generation, kinds=["command"])
+    return _due(
+        [
+            {"step": e.step, "epoch": e.epoch, **e.data}
+            for e in events
+            if (e.epoch, e.step) > begun
+            or ((e.epoch, e.step) == begun and (after is None or (e.session, e.seq) > after))
+        ]
+    )
 
 
 def _due(recorded: Sequence[Mapping[str, Any]]) -> list[Due]:

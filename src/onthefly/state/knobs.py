@@ -16,7 +16,9 @@ import torch
 from onthefly.errors import InvalidCommandError, StateMismatchError, UnsupportedValueError
 
 CLIP = "grad_clip"
-_NOT_NEGATIVE = {"lr", "weight_decay", "eps", CLIP}
+_NOT_NEGATIVE = {"lr", "weight_decay", "eps", "momentum", CLIP}
+_STRUCTURAL = {"amsgrad", "capturable", "centered", "differentiable", "foreach", "fused"}
+"""What an optimizer's state is made for. A step under another value of these would raise, and end the training."""
 
 
 class Knob:
@@ -103,6 +105,11 @@ class Knobs:
         """Knobs that were stored and that nobody has registered."""
         return list(self._waiting)
 
+    def unclaimed_of(self, state: Any) -> list[str]:
+        """Knobs in a state that nobody here has registered."""
+        stored = state.get("knobs") if isinstance(state, Mapping) else None
+        return [name for name in stored or () if name not in self._knobs]
+
     def values(self) -> dict[str, Any]:
         """Every live value by name, as the next step will see it."""
         found: dict[str, Any] = {name: knob.value for name, knob in self._knobs.items()}
@@ -180,7 +187,7 @@ class Knobs:
             for optimizer, live in self._optimizers.items()
             for index, group in enumerate(live.param_groups)
             for key in group
-            if key != "params" and name in _spellings(optimizer, index, key) and _is_plain(group[key])
+            if _can_be_set(key, group[key]) and name in _spellings(optimizer, index, key)
         ]
         if not places:
             raise InvalidCommandError(f"there is nothing named {name!r} to set; there are: {', '.join(self._names())}")
@@ -192,7 +199,7 @@ class Knobs:
             for optimizer in self._optimizers.values()
             for group in optimizer.param_groups
             for key in group
-            if key != "params" and _is_plain(group[key])
+            if _can_be_set(key, group[key])
         }
         return [*self._knobs, CLIP, *keys]
 
@@ -226,6 +233,8 @@ class Knobs:
             value = _in_type_of(current, value, name)
         if name.split(".")[-1] in _NOT_NEGATIVE and isinstance(value, float) and not 0 <= value < math.inf:
             raise InvalidCommandError(f"{name}: must be a finite number of at least 0, not {value!r}")
+        if name.split(".")[-1] == "betas" and isinstance(value, tuple) and not all(0 <= b < 1 for b in value):
+            raise InvalidCommandError(f"{name}: each must be at least 0 and below 1, not {value!r}")
         if isinstance(target, tuple) and not hold and self._is_driven(target):
             base = _number(self._group(target)[target[2]])
             if not isinstance(base, float | int) or base == 0:
@@ -291,6 +300,10 @@ def _driven_keys(scheduler: Any) -> set[str]:
 def _spellings(optimizer: str, index: int, key: str) -> set[str]:
     names = {optimizer, optimizer.split("/")[-1]}
     return {key} | {f"{name}.{key}" for name in names} | {f"{name}.{index}.{key}" for name in names}
+
+
+def _can_be_set(key: str, value: Any) -> bool:
+    return key != "params" and key not in _STRUCTURAL and _is_plain(value)
 
 
 def _is_plain(value: Any) -> bool:

@@ -12,10 +12,16 @@ sample and again before collating, so that a sample's augmentation depends on no
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
 import random
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -228,10 +234,13 @@ class ExactLoader:
             states = self._generator_states()
             if self._order is not None:
                 self._order.plan(skip=0, seed=None, empty=True)
-                for _ in iter(loader):
+                with _signals_blocked(loader):
+                    iterator = iter(loader)
+                for _ in iterator:
                     raise AssertionError("an empty epoch gave a batch")
             else:
-                iter(loader)
+                with _signals_blocked(loader):
+                    iter(loader)
             self._set_generator_states(states)
 
     def _make_iterator(self, skip: int) -> Iterator[Any]:
@@ -240,7 +249,8 @@ class ExactLoader:
         loader = self._loader()
         if self._order is not None:
             self._order.plan(skip=skip, seed=self._epoch_seed() if self._seeds_samples() else None)
-        return iter(loader)
+        with _signals_blocked(loader):
+            return iter(loader)
 
     def _seeds_samples(self) -> bool:
         return self._exact_augmentation and self._workers > 0 and not _is_iterable_style(self._source)
@@ -439,10 +449,38 @@ class _WorkerStart:
         self._users = users
 
     def __call__(self, worker: int) -> None:
-        # Ctrl-C goes to the whole process group; the trainer finishes its step and still needs its workers.
+        # Both may go to the whole process group; the trainer finishes its step and still needs its workers.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if sys.platform == "linux":
+            threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        else:  # no way to tell who sends a SIGTERM
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_TRAINER)
         if self._users is not None:
             self._users(worker)
+
+
+_FOR_THE_TRAINER = {signal.SIGINT, signal.SIGTERM}
+
+
+@contextmanager
+def _signals_blocked(loader: DataLoader[Any]) -> Iterator[None]:
+    """Workers that are started inside begin with these signals blocked: a spawned one takes seconds to get to `_WorkerStart`."""
+    if loader.num_workers and (loader.multiprocessing_context or multiprocessing).get_start_method() != "fork":
+        resource_tracker.ensure_running()  # or it is started inside, and unblocks them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_TRAINER)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_parent(parent: int) -> None:
+    """End this worker on a SIGTERM, which is blocked in all its threads, from its parent; leave any other to the parent."""
+    while True:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+        if sender == parent or os.getppid() != parent:
+            os._exit(0)
 
 
 def _seed_everything(seed: int, position: int) -> None:
