@@ -45,9 +45,8 @@ from onthefly.errors import (
     StateMismatchError,
     UnsupportedValueError,
 )
-from onthefly.state import rng
 from onthefly.state.knobs import Change, Knob, Knobs
-from onthefly.state.loader import END, ExactLoader
+from onthefly.state.loader import END, ExactLoader, SideLoaders
 from onthefly.state.train_state import TrainState, Value
 
 _PATIENCE = 64  # boundaries that a command waits for pending gradients to be used
@@ -104,6 +103,7 @@ def attach(
     schedulers = scheduler if isinstance(scheduler, Mapping) else {"scheduler": scheduler}
     knobs = Knobs(state.optimizers, schedulers)
     state.add("knobs", knobs)
+    state.add("side_loaders", SideLoaders({"val": val_loader, "test": test_loader}))
     if config.grad_clip is not None:
         knobs.set({"grad_clip": config.grad_clip})
     inputs = Inputs(val_loader, test_loader, loss_fn, per_sample_loss, embed, model_factory)
@@ -134,7 +134,10 @@ class Session:
         self._recorder = Recorder(begun.store, begun.session, begun.journal, self._gate, self._status, self._is_due)
         self._log = logging.getLogger("onthefly")
         self._pid = os.getpid()
-        self._value: Value | None = None  # of the checkpoint that is being resumed from, until the first boundary
+        self._entering: Value | None = None  # what the next boundary puts back: it is the one that this was saved at
+        self._in_body = False  # of an epoch that `epochs` has handed out: that one
+        self._body_epoch = 0
+        self._jumping = False  # the body is being left for another epoch; what it still does is no part of the run
         self._again = list(begun.again)
         self._waiting: list[Request] = []
         self._waited = 0
@@ -204,10 +207,14 @@ class Session:
                     self._boundary("epoch" if ended and self._config.ckpt_every_epoch else None)
                 if self._epochs_are_over() or self._steps_are_over():
                     break
+                self._in_body, self._body_epoch = True, self.epoch
                 yield self.epoch
-                ended = self._end_epoch_if_done()
+                self._in_body = False
+                ended = not self._jumping and self._end_epoch_if_done()
+                self._jumping = False
         finally:
             self._epochs = None
+            self._in_body = False
         self._finish()
 
     def __iter__(self) -> Iterator[Any]:
@@ -244,6 +251,8 @@ class Session:
         Takes Python and NumPy numbers and one-element tensors. A tensor on an accelerator is read later, on another
         thread. Raises `UnsupportedValueError` for anything else.
         """
+        if self._jumping:
+            return
         step, epoch, best = self.step, self.epoch, self._config.best_metric
         plain: dict[str, float] = {}
         for name, value in numbers.items():
@@ -267,8 +276,8 @@ class Session:
         self._before_loop("track")
         for name, value in objects.items():
             for part in self._state.add(name, value):
-                if self._value is not None:
-                    self._state.restore(self._value, [part], random_state=False)
+                if self._entering is not None:
+                    self._state.restore(self._entering, [part], random_state=False)
 
     def knob(self, name: str, value: Any) -> Knob:
         """Register a value that can be changed live; read it as `.value`. Call it before the loop."""
@@ -309,7 +318,12 @@ class Session:
         return self._checkpointer.save(reason, gradients=self._watch.pending(), pin=pin, path=path)
 
     def load(self, path: Path, *, content: str | None = None, reason: str) -> Kept:
-        """Put a checkpoint's state into the live objects; the run goes on from there as a new generation."""
+        """Put a checkpoint's state into the live objects; the run goes on from there as a new generation.
+
+        Code at the start of an epoch's body must run as it did before the checkpoint, under the epoch's own number. So a
+        load into another epoch, or to the start of this one, ends the batches; what the body does after them leaves
+        no trace; and the state is put back once more at the boundary that it belongs to.
+        """
         value, file = self._checkpointer.read(path, content)
         knobs = self._knobs.unclaimed_of(value.get("knobs"))
         if unclaimed := [*self._state.unclaimed(value), *(f"knob {name}" for name in knobs)]:
@@ -317,6 +331,11 @@ class Session:
         self._state.restore(value)
         self._watch.forget()
         self._again.clear()
+        batch = self._loader.batch if self._loader is not None else 0
+        if self._in_body:
+            self._jumping = batch == 0 or self.epoch != self._body_epoch
+        if self._jumping or (self._epochs is not None and not self._in_body and batch > 0):
+            self._entering = value
         kept = Kept(path, file.hash, file.size, self.generation, self.step, self.epoch, reason, False, None)
         base = {"path": str(path), "hash": file.hash, "step": self.step, "epoch": self.epoch}
         self._history.begin_generation(self.step, self.epoch, reason, base)
@@ -363,7 +382,7 @@ class Session:
             # Before an epoch's first batch, whoever called has been at the boundary. This line is what a step costs.
             if loader.batch and (gate.raised or counters["step"] >= self._attend_at):  # type: ignore[operator]
                 self._attend()
-                if self._steps_are_over() or self._epochs_are_over():
+                if self._jumping or self._steps_are_over() or self._epochs_are_over():
                     return
             batch = loader.next()
             if batch is END:
@@ -406,14 +425,13 @@ class Session:
     def _begin(self) -> None:
         """The first boundary: everything is tracked by now."""
         self._begun = True
-        if self._value is not None:
-            value, self._value = self._value, None
-            if unclaimed := [*self._state.unclaimed(value), *(f"knob {name}" for name in self._knobs.unclaimed)]:
+        if self._entering is not None:
+            found = [*self._state.unclaimed(self._entering), *(f"knob {name}" for name in self._knobs.unclaimed)]
+            if found:
                 raise StateMismatchError(
-                    f"the checkpoint holds {', '.join(unclaimed)}, which nobody here tracks: "
+                    f"the checkpoint holds {', '.join(found)}, which nobody here tracks: "
                     "call session.track or session.knob before the loop, as the run did when it was saved"
                 )
-            rng.restore(value["rng"])
         elif self._start.until is None:
             with suppress(CheckpointError):  # recorded and logged; training does not die of a full disk
                 self._checkpointer.save("origin")
@@ -423,6 +441,11 @@ class Session:
         """Everything that happens at a boundary besides training."""
         if not self._begun:
             self._begin()
+        if self._entering is not None:
+            # All of it once more: code at the start of an epoch has run since, for the second time.
+            value, self._entering = self._entering, None
+            self._state.restore(value)
+            self._watch.forget()
         self._gate.raised = False
         self._due_save = save or self._due_save
         self._repeat_commands()
@@ -436,15 +459,15 @@ class Session:
         while (request := self._gate.take()) is not None:
             self._waiting.append(request)
         for request in list(self._waiting):
-            if self._may_run(request, ready):
+            if not self._jumping and self._may_run(request, ready):
                 self._waiting.remove(request)
                 self._perform(request)
-        while self._paused and self._gate.signal is None:
+        while self._paused and self._gate.signal is None and not self._jumping:
             self._stand_still()
-        if self._gate.signal is not None and (ready or self._paused):
+        if self._gate.signal is not None and (ready or self._paused) and not self._jumping:
             self._obey_signal(self._gate.signal)
         self._waited = 0 if ready else self._waited + 1
-        if self._waiting or self._gate.signal is not None or not ready:
+        if self._waiting or self._gate.signal is not None or not ready or self._jumping:
             self._gate.raised = True
         self._plan()
 
@@ -474,8 +497,8 @@ class Session:
         for request in [r for r in self._waiting if self._may_run(r, True)]:
             self._waiting.remove(request)
             self._perform(request)
-        if not self._paused:
-            return
+            if self._jumping or not self._paused:
+                return
         request_or_none = self._gate.take(timeout=1.0)
         if request_or_none is not None:
             self._waiting.append(request_or_none)
@@ -510,7 +533,7 @@ class Session:
 
     def _plan(self) -> None:
         """Find the next step at which there is something to do."""
-        steps = [self._checkpointer.next_step]
+        steps = [self._checkpointer.next_step if self._entering is None else 0]
         steps += [due.step for due in self._again[:1]]
         if self._start.until is not None:
             steps.append(self._start.until.step)
@@ -532,7 +555,7 @@ class Session:
         value, _ = self._checkpointer.read(base.path, base.hash)
         self._state.restore(value, self._state.names, random_state=False)
         self._counters.update(value["counters"])
-        self._value = value
+        self._entering = value
         self._checkpointer.adopt(base)
         if self._start.needed is not None:
             self._checkpointer.need([self._start.needed])

@@ -265,7 +265,7 @@ def test_a_file_that_does_not_fit_is_refused_and_training_goes_on(trainings, tmp
         str(alone): StateMismatchError,
     }
     training.at(7)
-    ids = {path: training.deliver("loadCheckpoint", path=path) for path in expected}
+    ids = {path: training.send("loadCheckpoint", path=path) for path in expected}
     wrong_hash = training.deliver("loadCheckpoint", path=good["path"], hash="0" * 64)
     training.go()
     for path, id in ids.items():
@@ -400,7 +400,8 @@ def test_a_refused_value_leaves_everything_as_it_was(trainings, kind):
         {"capturable": True},
         {"differentiable": True},
     ]
-    ids = [training.deliver("set", values=values) for values in refused]
+    ids = [training.send("set", values=values) for values in refused]
+    training.deliver("resume")
     training.go()
     for id, values in zip(ids, refused, strict=True):
         assert training.failed(id)["type"] == "InvalidCommandError", values
@@ -427,14 +428,14 @@ def test_a_knob_and_a_clip_come_back_with_the_checkpoint(trainings):
 @pytest.mark.parametrize("data", ["test", "val"])
 @pytest.mark.parametrize("kind", [{}, {"workers": 2, "persistent": True}], ids=["here", "workers"])
 def test_a_test_evaluates_the_model_and_leaves_training_alone(trainings, data, kind):
-    training = trainings.start(stops=(7,), **kind)
-    result = training.go_on(7, "testRun", data=data)
-    assert (result["data"], result["samples"], result["step"]) == (data, 40, 7)
+    training = trainings.start(stops=(3,), **kind)  # the training has not yet used its validation's loader itself
+    result = training.go_on(3, "testRun", data=data)
+    assert (result["data"], result["samples"], result["step"]) == (data, 40, 3)
     assert 0 < result["loss"] < 10
     assert_same(training.end(), plain(**kind) if not kind else trainings.start(store="alone", **kind).end())
     (event,) = training.client.events(kinds=["tested"])
     assert event.data["loss"] == result["loss"]
-    assert [c.reason for c in training.client.checkpoints("baseline", evicted=True) if c.step == 7] == ["test"]
+    assert [c.reason for c in training.client.checkpoints("baseline", evicted=True) if c.step == 3] == ["test"]
 
 
 def test_a_failing_loss_is_a_failed_command_and_training_goes_on(trainings):
@@ -511,7 +512,8 @@ def test_a_command_is_carried_out_once_by_its_id(trainings):
 def test_commands_are_carried_out_in_their_order(trainings):
     training = trainings.start(stops=(4,))
     training.at(4)
-    ids = [training.deliver("set", values={"noise": value}) for value in (0.1, 0.2, 0.3)]
+    ids = [training.send("set", values={"noise": value}) for value in (0.1, 0.2, 0.3)]
+    training.deliver("resume")
     training.go()
     changes = [training.done(id)["changed"][0] for id in ids]
     assert [(c["before"], c["after"]) for c in changes] == [(0.01, 0.1), (0.1, 0.2), (0.2, 0.3)]

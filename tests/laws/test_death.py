@@ -17,7 +17,7 @@ from onthefly.store import queries
     [
         (30, {"epochs": 100, "schedule": True}),
         (3, {"epochs": 20, "workers": 2, "accumulate": 3, "augmented": False}),
-        (3, {"epochs": 20, "workers": 2, "persistent": True, "augmented": False, "val_workers": False}),
+        (3, {"epochs": 20, "workers": 2, "persistent": True, "augmented": False}),
         (3, {"epochs": 100, "loop": "steps"}),
     ],
     ids=["thirty times", "workers and accumulation", "persistent workers", "without a loader"],

@@ -301,6 +301,46 @@ class ExactLoader:
                 yield f"{path} is a random generator of its own, copied into each worker: its numbers cannot be repeated"
 
 
+class SideLoaders:
+    """Loaders that the user iterates: validation and test data.
+
+    Their order and their batches are the user's business. But a persistent worker draws its seed from the process-wide
+    generator when the loader is first iterated, and never again: in a new process, or after a step back, the random
+    numbers of training would come out of step. So whether each has started is part of the state, as are its generators.
+    """
+
+    def __init__(self, loaders: Mapping[str, Any]) -> None:
+        self._loaders = {name: loader for name, loader in loaders.items() if loader is not None}
+        self._generators = {
+            name: rng.find_generators(_places_of_generators(loader)) for name, loader in self._loaders.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            name: {
+                "started": _lives_on(loader) and loader._iterator is not None,
+                "generators": {path: rng.generator_state(g) for path, g in self._generators[name].items()},
+            }
+            for name, loader in self._loaders.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What is stored of a loader that is not here, or of a generator that it does not have, is passed over."""
+        for name in state.keys() & self._loaders.keys():
+            loader, generators = self._loaders[name], self._generators[name]
+            if _lives_on(loader) and state[name]["started"] and loader._iterator is None:
+                with rng.preserved(), _signals_blocked(loader):
+                    iter(loader)
+            elif _lives_on(loader) and not state[name]["started"]:
+                loader._iterator = None
+            for path in state[name]["generators"].keys() & generators.keys():
+                rng.set_generator_state(generators[path], state[name]["generators"][path])
+
+
+def _lives_on(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and loader.num_workers > 0 and loader.persistent_workers
+
+
 def one_pass(loader: Iterable[Any]) -> Iterable[Any]:
     """The same batches from a loader of its own: looking at data leaves no trace in the user's persistent workers."""
     if type(loader) is not DataLoader or not loader.persistent_workers:
