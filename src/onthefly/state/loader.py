@@ -329,7 +329,7 @@ class SideLoaders:
         for name in state.keys() & self._loaders.keys():
             loader, generators = self._loaders[name], self._generators[name]
             if _lives_on(loader) and state[name]["started"] and loader._iterator is None:
-                with rng.preserved(), _signals_blocked(loader):
+                with rng.preserved():
                     iter(loader)
             elif _lives_on(loader) and not state[name]["started"]:
                 loader._iterator = None
@@ -485,19 +485,29 @@ class _SeededDataset:
 class _WorkerStart:
     """What a worker runs first. It holds nothing of the session."""
 
-    def __init__(self, users: Callable[[int], None] | None) -> None:
+    def __init__(self, users: Callable[[int], None] | None, *, child: bool) -> None:
         self._users = users
+        self._trainer = os.getpid()
+        self._child = child  # of the trainer itself, not of a forkserver
 
     def __call__(self, worker: int) -> None:
+        if self._child and os.getppid() != self._trainer:
+            os._exit(
+                0
+            )  # the trainer died while this was being started; PyTorch's own watch would take 1 for its parent
         # Both may go to the whole process group; the trainer finishes its step and still needs its workers.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if sys.platform == "linux":
-            threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+            threading.Thread(target=_obey_trainer, args=(self._trainer, os.getppid()), daemon=True).start()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         else:  # no way to tell who sends a SIGTERM
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_TRAINER)
         if self._users is not None:
             self._users(worker)
+
+
+def _worker_start(loader: DataLoader[Any]) -> _WorkerStart:
+    return _WorkerStart(loader.worker_init_fn, child=_start_method(loader) != "forkserver")
 
 
 _FOR_THE_TRAINER = {signal.SIGINT, signal.SIGTERM}
@@ -506,7 +516,7 @@ _FOR_THE_TRAINER = {signal.SIGINT, signal.SIGTERM}
 @contextmanager
 def _signals_blocked(loader: DataLoader[Any]) -> Iterator[None]:
     """Workers that are started inside begin with these signals blocked: a spawned one takes seconds to get to `_WorkerStart`."""
-    if loader.num_workers and (loader.multiprocessing_context or multiprocessing).get_start_method() != "fork":
+    if loader.num_workers and _start_method(loader) != "fork":
         resource_tracker.ensure_running()  # or it is started inside, and unblocks them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_TRAINER)
     try:
@@ -515,12 +525,16 @@ def _signals_blocked(loader: DataLoader[Any]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _obey_parent(parent: int) -> None:
-    """End this worker on a SIGTERM, which is blocked in all its threads, from its parent; leave any other to the parent."""
+def _obey_trainer(trainer: int, parent: int) -> None:
+    """End this worker on a SIGTERM, which is blocked in all its threads, from its trainer; leave any other to the trainer."""
     while True:
         sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
-        if sender == parent or os.getppid() != parent:
+        if sender == trainer or os.getppid() != parent:
             os._exit(0)
+
+
+def _start_method(loader: DataLoader[Any]) -> str:
+    return (loader.multiprocessing_context or multiprocessing).get_start_method() or "fork"
 
 
 def _seed_everything(seed: int, position: int) -> None:
@@ -540,7 +554,7 @@ def _arguments(loader: DataLoader[Any]) -> dict[str, Any]:
         "collate_fn": loader.collate_fn,
         "pin_memory": loader.pin_memory,
         "timeout": loader.timeout,
-        "worker_init_fn": _WorkerStart(loader.worker_init_fn) if loader.num_workers else loader.worker_init_fn,
+        "worker_init_fn": _worker_start(loader) if loader.num_workers else loader.worker_init_fn,
         "multiprocessing_context": loader.multiprocessing_context,
         "generator": loader.generator,
         "prefetch_factor": loader.prefetch_factor,
