@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import onthefly
+from onthefly.control import actions, commands
 from onthefly.errors import MissingPartError, UnsupportedValueError
 from onthefly.store import queries
 
@@ -19,7 +20,7 @@ def start(tmp_path):
     opened = []
 
     def attach(batches=5, *, model=None, optimizer=None, parts=None, **options):
-        options = {"ckpt_every_minutes": None, "handle_signals": False} | options
+        options = {"ckpt_every_minutes": None, "handle_signals": False, "max_epochs": 9} | options
         model = model or nn.Linear(2, 2)
         optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
         loader = None if batches is None else [torch.full((1, 2), float(i)) for i in range(batches)]
@@ -63,6 +64,35 @@ def test_a_flat_loop_goes_through_all_epochs(start):
     with start(max_epochs=3) as session:
         assert [b[0, 0].item() for b in session] == [0.0, 1.0, 2.0, 3.0, 4.0] * 3
     assert (session.step, session.epoch) == (15, 3)
+
+
+def test_a_flat_loop_must_know_where_it_ends(start):
+    with start(max_epochs=None) as session, pytest.raises(MissingPartError, match="would never end"):
+        next(iter(session))
+
+
+def test_a_second_loop_goes_on_where_the_first_ended(start):
+    before = signal.getsignal(signal.SIGTERM)
+    with start(handle_signals=True) as session:
+        for n in (1, 3):
+            for _ in session.epochs(n):
+                for _ in session:
+                    assert signal.getsignal(signal.SIGTERM) != before
+            assert (session.step, session.epoch) == (5 * n, n)
+
+
+def test_a_checkpoint_that_is_to_stay_is_not_overwritten_by_another_of_its_step(start, client):
+    with start() as session:
+        batches = iter(session)
+        next(batches)
+        pinned = session.save("manual", pin=True)
+        session.set({"lr": 0.05})
+        other = session.save("manual")
+        assert other.path != pinned.path
+        assert other.hash != pinned.hash
+    with client() as c:
+        assert c.resolve(pinned.hash[:12]).path == pinned.path
+        assert c.resolve(other.hash[:12]).path == other.path
 
 
 def test_steps_serve_a_loop_without_a_loader(start):
@@ -130,6 +160,38 @@ def test_an_exception_leaves_the_run_unfinished_and_comes_through(start, client)
     with client() as c:
         assert c.run("baseline").status == "unfinished"
         assert c.sessions()[-1].outcome == "failed"
+
+
+@pytest.mark.parametrize(("code", "status"), [(1, "unfinished"), ("nan", "unfinished"), (0, "finished")])
+def test_a_process_that_ends_itself_in_the_middle_says_by_its_code_whether_it_was_done(start, client, code, status):
+    def leave():
+        with start() as session:
+            for _ in session:
+                raise SystemExit(code)
+
+    with pytest.raises(SystemExit):
+        leave()
+    with client() as c:
+        assert c.run("baseline").status == status
+
+
+def test_a_scheduler_that_was_not_given_is_announced(start, client):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    start(model=model, optimizer=optimizer).close()
+    with client() as c:
+        assert any("scheduler drives optimizer" in reason for reason in c.sessions()[0].inexact)
+
+
+def test_a_test_counts_samples_whatever_their_targets_are_wrapped_in(start):
+    model = nn.Linear(2, 2)
+    loader = [(torch.zeros(n, 2), {"a": torch.full((n,), float(n)), "b": torch.zeros(n)}) for n in (1, 3)]
+    loss = lambda outputs, targets: targets["a"].mean()  # noqa: E731
+    session = start(model=model, parts={"test_loader": loader, "loss_fn": loss})
+    next(iter(session))
+    result = actions.perform(session, commands.TestRun(save=False))
+    assert (result["samples"], result["loss"]) == (4, (1 + 3 * 3) / 4)
 
 
 def test_numbers_of_many_kinds_are_logged_as_they_are(start, client):

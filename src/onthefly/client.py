@@ -319,6 +319,7 @@ class Client:
                 f"{row.name!r} was not started by a command line that can be run again (a notebook, or a script piped "
                 f"in); start it yourself with {launching.RESUME}={row.name} in its environment"
             )
+        launching.check_first(last.launch, row.name)
         return ResumeTarget(row, last, last.launch)
 
     def relaunch(self, target: ResumeTarget) -> NoReturn:

@@ -49,7 +49,7 @@ from onthefly.state.knobs import Change, Knob, Knobs
 from onthefly.state.loader import END, ExactLoader, SideLoaders
 from onthefly.state.train_state import TrainState, Value
 
-_PATIENCE = 64  # boundaries that a command waits for pending gradients to be used
+_PATIENCE = 16  # boundaries that a command waits for pending gradients to be used
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def attach(
     if config.grad_clip is not None:
         knobs.set({"grad_clip": config.grad_clip})
     inputs = Inputs(val_loader, test_loader, loss_fn, per_sample_loss, embed, model_factory)
-    return Session(state, knobs, loader, inputs, start.begin(config, loader.inexact if loader else []))
+    inexact = [*(loader.inexact if loader is not None else []), *_untracked_schedulers(state, schedulers)]
+    return Session(state, knobs, loader, inputs, start.begin(config, inexact))
 
 
 class Session:
@@ -199,6 +200,7 @@ class Session:
         Code that follows the batches in the body belongs to the epoch: it runs before the epoch's checkpoint is taken.
         """
         loader = self._needed_loader()
+        self._go_on()
         self._epochs = n
         ended = False
         try:
@@ -223,6 +225,12 @@ class Session:
             yield from self._batches(self._needed_loader())
             return
         loader = self._needed_loader()
+        if self._config.max_epochs is None and self._config.max_steps is None:
+            raise MissingPartError(
+                "this loop over a session would never end: write `for epoch in session.epochs(n): for batch in session: ...`, "
+                "or give SessionConfig max_epochs or max_steps"
+            )
+        self._go_on()
         ended = False
         while True:
             if loader.batch == 0:
@@ -237,6 +245,7 @@ class Session:
 
     def steps(self, n: int) -> Iterator[int]:
         """Count steps up to `n` in all, for a loop that draws its own batches; after a resume, from where it was."""
+        self._go_on()
         while True:
             self._boundary()
             if self.step >= n or self._steps_are_over():
@@ -294,7 +303,8 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._close(failed=error is not None and not isinstance(error, SystemExit))
+        left = isinstance(error, SystemExit) and error.code in (0, None)
+        self._close(failed=error is not None and not left)
 
     # -- for actions -------------------------------------------------------------------------------------------
 
@@ -342,7 +352,8 @@ class Session:
         self._checkpointer.changed()
         self._checkpointer.postpone()
         self._checkpointer.need([path])
-        if path.parent != self._start.folder:  # not ours to keep: the new generation needs a beginning that stays
+        self._checkpointer.leave_line(self.step)
+        if not self._checkpointer.keeps(path):  # somebody else may remove it: a generation's beginning must stay
             self._try_save("load")
         self._plan()
         return kept
@@ -378,7 +389,7 @@ class Session:
 
     def _batches(self, loader: ExactLoader) -> Iterator[Any]:
         counters, gate = self._counters, self._gate
-        while not loader.exhausted:
+        while not (loader.exhausted or self._jumping):
             # Before an epoch's first batch, whoever called has been at the boundary. This line is what a step costs.
             if loader.batch and (gate.raised or counters["step"] >= self._attend_at):  # type: ignore[operator]
                 self._attend()
@@ -412,6 +423,13 @@ class Session:
     def _epochs_are_over(self) -> bool:
         last = self._epochs if self._epochs is not None else self._config.max_epochs
         return last is not None and self.epoch >= last
+
+    def _go_on(self) -> None:
+        """A loop begins. There may have been one before it."""
+        if self._done:
+            self._done = False
+            if self._config.handle_signals:
+                self._signals.install()
 
     def _finish(self) -> None:
         if self._start.until is not None:
@@ -556,7 +574,7 @@ class Session:
         self._state.restore(value, self._state.names, random_state=False)
         self._counters.update(value["counters"])
         self._entering = value
-        self._checkpointer.adopt(base)
+        self._checkpointer.adopt(base.path)
         if self._start.needed is not None:
             self._checkpointer.need([self._start.needed])
 
@@ -568,7 +586,7 @@ class Session:
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
-        if outcome is None and not failed and not self._done and self._begun:
+        if outcome in (None, "left") and not failed and not self._done and self._begun and self._entering is None:
             self._save_where_it_was_left()
         finished = outcome is None and not failed
         outcome = outcome or ("failed" if failed else "finished")
@@ -601,7 +619,11 @@ class Session:
             self._try_save("end")
 
     def _close_at_exit(self) -> None:
-        self._close(failed=getattr(sys, "last_value", None) is not None)
+        """Nobody closed it. Whether a loop that did not come to its end was left on purpose, only `close` could say."""
+        if getattr(sys, "last_value", None) is not None:
+            self._close(failed=True)
+        else:
+            self._close(failed=False, outcome=None if self._done else "left")
 
     def _refuse(self, request: Request) -> None:
         message = f"the session ended before it could {request.command.kind}"
@@ -630,8 +652,18 @@ class Session:
             raise UnsupportedValueError(f"session.{what} must be called before the loop begins")
 
     def _log_later(self, name: str, value: torch.Tensor, step: int, epoch: int) -> None:
+        if value.numel() != 1 or value.is_complex():
+            raise UnsupportedValueError(f"log: {name} is a tensor of shape {list(value.shape)}, not one number")
         copy, when = value.detach().clone(), time.time()
         self._recorder.defer(lambda: self._history.metrics(step, epoch, {name: _number(name, copy)}, when))
+
+
+def _untracked_schedulers(state: TrainState, schedulers: Mapping[str, Any]) -> Iterator[str]:
+    """PyTorch marks the `step` of an optimizer that a scheduler was made for."""
+    for name, optimizer in state.optimizers.items():
+        known = any(getattr(scheduler, "optimizer", None) is optimizer for scheduler in schedulers.values())
+        if getattr(optimizer.step, "_wrapped_by_lr_sched", False) and not known:
+            yield f"a scheduler drives {name}, and attach was not given it: pass scheduler=, or its place is lost"
 
 
 def _number(name: str, value: torch.Tensor) -> float:

@@ -134,6 +134,8 @@ class Trainer:
                 if scheduler is not None and self._schedule == "epoch":
                     _step_epoch(scheduler, validation)
 
+            if val_loader is not None and not validation:  # resumed behind the last epoch
+                validation = self._evaluate(model, val_loader, loss_fn)
             test = self._evaluate(model, test_loader, loss_fn) if test_loader is not None else {}
             return FitResult(session.run, session.step, session.epoch, validation, test)
 

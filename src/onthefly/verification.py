@@ -104,6 +104,7 @@ def plan(
             f"{start.run!r} was not started by a command line that can be run again (a notebook, or a script piped in); "
             "put the loop into a file to verify it"
         )
+    launching.check_first(launch, start.run)
     inexact = list(dict.fromkeys(str(reason) for session in makers for reason in session.inexact))
     return Plan(start, end, list(_commands(events, start, end)), launch, inexact)
 
@@ -195,19 +196,23 @@ def _pair(chosen: CheckpointRow, rows: Sequence[CheckpointRow]) -> tuple[Checkpo
     )
 
 
+def _moment(row: CheckpointRow) -> tuple[int, int, int, int]:
+    return (row.epoch, row.step, row.session, row.captured)
+
+
 def _commands(events: Iterable[EventRow], start: CheckpointRow, end: CheckpointRow) -> Iterator[dict[str, Any]]:
-    """State-changing commands between two checkpoints, in order, each once."""
-    first, last = (start.session, start.captured), (end.session, end.captured)
-    seen: set[str] = set()
-    for event in sorted(events, key=lambda e: (e.session, e.seq)):
+    """State-changing commands between two checkpoints, in order.
+
+    Their places decide, and the order of facts only where the places are one: of a stretch that was repeated after a
+    crash, the checkpoints are younger than the commands.
+    """
+    first, last = _moment(start), _moment(end)
+    for event in sorted(events, key=lambda e: (e.epoch, e.step, e.session, e.seq)):
         if event.kind != "command" or (event.run, event.generation) != (start.run, start.generation):
             continue
-        if not first < (event.session, event.seq) <= last or event.data.get("kind") not in _STATE_CHANGING:
+        moment = (event.epoch, event.step, event.session, event.seq)
+        if not first < moment <= last or event.data.get("kind") not in _STATE_CHANGING:
             continue
-        if (id := event.data.get("id")) is not None:
-            if id in seen:
-                continue
-            seen.add(id)
         yield {
             "step": event.step,
             "epoch": event.epoch,

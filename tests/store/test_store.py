@@ -193,11 +193,11 @@ def test_a_command_for_no_session_is_refused(store):
         store.insert_command(5, "a", "pause", {}, 1.0)
 
 
-def test_the_watch_sees_what_others_write(store, new_session):
+def test_the_watch_sees_commands_and_nothing_else(store, new_session):
     watch = CommandWatch(store)
     assert [watch.changed(), watch.changed()] == [True, False]
     id = new_session()
-    assert [watch.changed(), watch.changed()] == [True, False]
+    assert [watch.changed(), watch.changed()] == [False, False]
     store.insert_command(id, "a", "pause", {}, 1.0)
     store.queued_commands(id)
     assert [watch.changed(), watch.changed()] == [True, False]

@@ -20,7 +20,10 @@ from onthefly.errors import CheckpointError
 
 Number = int | float | bool | None
 
-_NAME = re.compile(r"(?P<run>.+?)(?:-g(?P<generation>[0-9]+))?-step(?P<step>[0-9]{8,})\.safetensors", re.DOTALL)
+_NAME = re.compile(
+    r"(?P<run>.+?)(?:-g(?P<generation>[0-9]+))?-step(?P<step>[0-9]{8,})(?:-v(?P<variant>[0-9]+))?\.safetensors",
+    re.DOTALL,
+)
 _LOOKS_NUMBERED = re.compile(r".+-g[0-9]+", re.DOTALL)
 
 
@@ -44,42 +47,48 @@ class Sidecar:
 # -- names -----------------------------------------------------------------------------------------------------
 
 
-def name_for(run: str, step: int, generation: int = 0) -> str:
+def name_for(run: str, step: int, generation: int = 0, variant: int = 0) -> str:
     """The file name of a run's checkpoint: ``baseline-step00001200.safetensors``, ``baseline-g2-step00001200.safetensors``.
 
+    A `variant` is another state of the same step, beside one that is to stay: ``baseline-step00001200-v1.safetensors``.
     Raises `ValueError` for a run that cannot be part of a file name, and for negative numbers.
     """
     if not run or run.startswith(".") or "/" in run or "\0" in run or step < 0 or generation < 0:
         raise ValueError(f"no file name for run {run!r}, generation {generation}, step {step}")
     # A run that is itself called "x-g2" says its generation always, or it could be taken for the third of "x".
     middle = f"-g{generation}" if generation or _LOOKS_NUMBERED.fullmatch(run) else ""
-    return f"{run}{middle}-step{step:08d}.safetensors"
+    return f"{run}{middle}-step{step:08d}{f'-v{variant}' if variant else ''}.safetensors"
 
 
 def parse_name(filename: str) -> tuple[str, int, int] | None:
     """The (run, generation, step) whose `name_for` gives this file name, or None for any other name."""
+    found = _parse(filename)
+    return None if found is None else found[:3]
+
+
+def _parse(filename: str) -> tuple[str, int, int, int] | None:
     match = _NAME.fullmatch(filename)
     if match is None:
         return None
-    run, generation, step = match["run"], int(match["generation"] or 0), int(match["step"])
+    run, generation, step, variant = match["run"], *(int(match[n] or 0) for n in ("generation", "step", "variant"))
     try:
-        return (run, generation, step) if name_for(run, step, generation) == filename else None
+        return (run, generation, step, variant) if name_for(run, step, generation, variant) == filename else None
     except ValueError:
         return None
 
 
 def newest(folder: str | os.PathLike[str], run: str) -> Path | None:
     """The checkpoint of a run with the highest generation, and in it the highest step, going by the names alone."""
-    found: list[tuple[int, int, Path]] = []
+    found: list[tuple[int, int, int, Path]] = []
     try:
         entries = list(os.scandir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return None
     for entry in entries:
-        parsed = parse_name(entry.name)
+        parsed = _parse(entry.name)
         if parsed is not None and parsed[0] == run and entry.is_file():
-            found.append((parsed[1], parsed[2], Path(entry.path)))
-    return max(found)[2] if found else None
+            found.append((*parsed[1:], Path(entry.path)))
+    return max(found)[-1] if found else None
 
 
 # -- sidecars --------------------------------------------------------------------------------------------------

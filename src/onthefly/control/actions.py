@@ -126,13 +126,23 @@ def evaluate(
             )
         inputs, targets = to_device(batch[0], device), to_device(batch[1], device)
         outputs = model(inputs)
-        count = len(targets) if hasattr(targets, "__len__") else 1
+        count = _batch_size(targets)
         for name, function in functions.items():
             totals[name] += float(function(outputs, targets)) * count
         samples += count
     if not samples:
         raise MissingPartError("the loader gave no batch, so there is nothing to evaluate")
     return {**{name: total / samples for name, total in totals.items()}, "samples": samples}
+
+
+def _batch_size(value: Any) -> int:
+    """Samples in a batch: the length of the first tensor in it."""
+    if isinstance(value, torch.Tensor):
+        return len(value) if value.dim() else 1
+    items = list(value.values()) if isinstance(value, dict) else value
+    if isinstance(items, list | tuple) and items and isinstance(items[0], torch.Tensor | dict | list | tuple):
+        return _batch_size(items[0])
+    return len(items) if hasattr(items, "__len__") else 1
 
 
 def to_device(value: Any, device: torch.device) -> Any:

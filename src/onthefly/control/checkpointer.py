@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -138,20 +139,28 @@ class Checkpointer:
     def origin(self) -> Kept:
         """The checkpoint that the run began with. Raises `CheckpointNotFoundError` when it could not be saved."""
         for kept in self._kept:
-            if kept.reason == "origin":
+            if kept.reason == retention.ORIGIN:
                 return kept
         raise CheckpointNotFoundError("this run has no origin checkpoint: it could not be saved when the run began")
 
     def clear(self) -> None:
         """Evict what the run saved so far, but for its origin and what is pinned or needed."""
         for kept in list(self._kept):
-            if kept.reason != "origin" and not kept.pinned and str(kept.path) not in self._needed:
+            if kept.reason != retention.ORIGIN and not kept.pinned and str(kept.path) not in self._needed:
                 self._remove(kept, "reset")
 
-    def adopt(self, kept: Kept) -> None:
+    def keeps(self, path: Path) -> bool:
+        """Whether this is a checkpoint of the run's own."""
+        return any(kept.path == path for kept in self._kept)
+
+    def adopt(self, path: Path) -> None:
         """The live state is that of this checkpoint."""
-        self._latest = kept if any(k.path == kept.path for k in self._kept) else None
+        self._latest = next((kept for kept in self._kept if kept.path == path), None)
         self.postpone()
+
+    def leave_line(self, step: int) -> None:
+        """The run went back to this step: none of the checkpoints behind it is its best any more."""
+        self._kept = [replace(kept, metric=None) if kept.step > step else kept for kept in self._kept]
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -168,7 +177,7 @@ class Checkpointer:
     def _write(self, reason: str, gradients: bool, path: Path | None) -> tuple[format.Written, Path]:
         step, epoch = self._coordinate()
         generation = self._history.generation
-        target = path or self._folder / sidecar.name_for(self._history.run, step, generation)
+        target = path or self._free_path(step, generation)
         tree, tensors = flatten(self._state.capture(gradients=gradients))
         written = format.write(target, tree, tensors)
         about: Mapping[str, Any] = {
@@ -180,6 +189,17 @@ class Checkpointer:
         }
         checkpoints.describe(target, written, self._state.counters, **about)
         return written, target
+
+    def _free_path(self, step: int, generation: int) -> Path:
+        """Where this state goes. One that is to stay is not overwritten by another of the same step."""
+        staying = {
+            k.path for k in self._kept if k.pinned or k.reason == retention.ORIGIN or str(k.path) in self._needed
+        }
+        for variant in itertools.count():
+            path = self._folder / sidecar.name_for(self._history.run, step, generation, variant)
+            if path not in staying:
+                return path
+        raise AssertionError("counting has come to an end")
 
     def _record(self, kept: Kept, captured: int) -> None:
         self._history.checkpoint(

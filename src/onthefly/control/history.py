@@ -101,8 +101,9 @@ class History:
         self.head = -1
         self._recorded.clear()
         self._series.clear()
-        self.event("generation", step, epoch, reason=reason, base=dict(base), **{"from": step})
+        # In this order: an event alone, should the process be killed here, would hide what the run then goes on to log.
         self._journal.fact("run", {"run": self.run, "generation": self.generation, "base": dict(base)})
+        self.event("generation", step, epoch, reason=reason, base=dict(base), **{"from": step})
 
     def run_status(self, status: str) -> None:
         self._journal.fact("run", {"run": self.run, "status": status})

@@ -18,7 +18,7 @@ from onthefly.store.projection import project
 from onthefly.store.store import CommandWatch, Store
 
 _POLL = 0.02  # seconds between looks for commands
-_FLUSH = 0.2  # between writes of the journal's news into the database; each holds the GIL for a millisecond or two
+_FLUSH = 0.5  # between writes of the journal's news into the database: each costs training a few milliseconds
 _HEARTBEAT = 1.0
 _RETRY = 0.5  # while the database cannot be used
 _BUSY = 0.1  # that another process's write is waited for: whoever forks loader workers meanwhile waits with it
@@ -124,7 +124,9 @@ class Recorder:
                         self._usable_again(now)
                     if last:
                         project(store, self._session)  # what has just been said
-            except (StoreError, OSError) as e:
+            except Exception as e:  # noqa: BLE001  whatever it is, training must go on, and the next try may succeed
+                if not isinstance(e, StoreError | OSError):
+                    self._log.exception("the recorder met what it does not know; it goes on trying")
                 carried = -1
                 if watch is not None:
                     watch.close()
@@ -155,6 +157,7 @@ class Recorder:
         error = {"type": type(e).__name__, "message": str(e), "exit_code": e.exit_code}
         answer = {"command": command, "status": "failed", "result": None, "error": error}
         self._journal.fact("result", {**answer, "step": step, "epoch": epoch, "time": time.time()})
+        self._urgent = True
 
     def _run_deferred(self) -> None:
         while True:
@@ -162,7 +165,10 @@ class Recorder:
                 task = self._deferred.get_nowait()
             except Empty:
                 return
-            task()
+            try:
+                task()
+            except Exception:  # noqa: BLE001  a number is lost, and not the thread
+                self._log.exception("a number that was logged could not be read")
 
     def _unusable(self, now: float, reason: str) -> None:
         if self._unusable_since is None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -42,6 +43,8 @@ class Signals:
             return
         if number == signal.SIGINT and self._gate.signal is not None:
             raise KeyboardInterrupt
-        if number == signal.SIGINT:
-            print("\nonthefly: finishing this step, then saving; Ctrl-C again leaves at once", file=sys.stderr)
         self._gate.put_signal(number)
+        if number == signal.SIGINT:
+            # Whoever reads stderr may be gone with the same Ctrl-C, or be in the middle of being written to.
+            with suppress(OSError, RuntimeError):
+                print("\nonthefly: finishing this step, then saving; Ctrl-C again leaves at once", file=sys.stderr)

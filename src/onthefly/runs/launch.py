@@ -51,6 +51,15 @@ def record(attach: int = 1) -> dict[str, Any] | None:
     }
 
 
+def check_first(launch: Launch, run: str) -> None:
+    """Raises `ResumeError` for a run that was not the first of its process: started again, the process would come to others."""
+    if launch["attach"] != 1:
+        raise ResumeError(
+            f"{run!r} was attach number {launch['attach']} of its process, and a process that is started again can go on "
+            "only with its first; give each run a process of its own to be able to resume and verify it"
+        )
+
+
 def environment(launch: Launch, extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment, with what was recorded of the other, without orders to others, and with `extra`."""
     env = {name: value for name, value in os.environ.items() if name not in _ORDERS}

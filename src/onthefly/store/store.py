@@ -281,24 +281,32 @@ class Store:
 
 
 class CommandWatch:
-    """Tells cheaply whether anything was written to the store since it was last asked.
+    """Tells cheaply whether a command was given to anybody in the store since it was last asked.
 
     It has a connection of its own, outside any transaction: inside one `PRAGMA data_version` would not move.
     """
 
     def __init__(self, store: Store) -> None:
         self._root = store.root
-        self._seen: int | None = None
-        self._connection = sqlite3.connect(store.root / DATABASE, isolation_level=None, check_same_thread=False)
-
-    def changed(self) -> bool:
-        """Whether another connection has committed since the last call; true the first time."""
+        self._version = -1
+        self._newest: int | None = -1
         try:
-            (version,) = self._connection.execute("PRAGMA data_version").fetchone()
+            self._connection = sqlite3.connect(store.root / DATABASE, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as e:
             raise _typed(e, self._root) from e
-        before, self._seen = self._seen, int(version)
-        return before != self._seen
+
+    def changed(self) -> bool:
+        """Whether a command has come since the last call; true the first time."""
+        try:
+            (version,) = self._connection.execute("PRAGMA data_version").fetchone()
+            if version == self._version:
+                return False
+            # What this process records counts as a change, too, and comes far more often than a command.
+            (newest,) = self._connection.execute("SELECT max(number) FROM command").fetchone()
+        except sqlite3.Error as e:
+            raise _typed(e, self._root) from e
+        before, self._version, self._newest = self._newest, version, newest
+        return bool(before != newest)
 
     def close(self) -> None:
         self._connection.close()
