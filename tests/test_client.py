@@ -282,6 +282,16 @@ class TestVerify:
         with trained("hangs") as client, pytest.raises(ResumeError, match=r"within 0\.5 s"):
             client.verify(timeout=0.5)
 
+    def test_a_verify_that_is_terminated_takes_its_replay_and_its_files_along(self, trained, wait_until):
+        with trained("hangs") as client:
+            folder = client.store.checkpoints_dir
+        command = [sys.executable, "-c", "import sys; from onthefly.cli import main; sys.exit(main())", "verify"]
+        process = subprocess.Popen(command)
+        wait_until(lambda: any(folder.glob(".verify-*/output.txt")))
+        process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
+        assert list(folder.glob(".verify-*")) == []
+
     def test_a_lost_file_is_an_error(self, trained):
         with trained() as client:
             client.checkpoints()[1].path.unlink()

@@ -138,13 +138,19 @@ def test_a_save_into_a_folder_that_is_not_there_fails_and_training_goes_on(train
 # -- loadCheckpoint --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["running", "paused"])
+WORKERS = {"workers": 2, "persistent": True, "schedule": True}
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [("running", {}), ("paused", {}), ("running", WORKERS)],
+    ids=["running", "paused", "with workers"],
+)
 @pytest.mark.parametrize(
     ("saved_in", "loaded_in"),
     [(3, 4), (2, 14), (7, 13), (10, 12), (0, 7), (12, 15)],
     ids=["same epoch", "first epoch from the last", "mid-epoch", "an epoch's end", "the origin", "last step of all"],
 )
-@pytest.mark.parametrize("kind", [{}, {"workers": 2, "persistent": True, "schedule": True}], ids=["here", "workers"])
 def test_after_a_load_the_steps_are_those_that_followed_the_checkpoint(trainings, how, saved_in, loaded_in, kind):
     alone = trainings.start(store="alone", **kind)
     training = trainings.start(stops=(saved_in, loaded_in), **kind)

@@ -77,24 +77,16 @@ def test_with_forked_workers_the_whole_group_gets_it(trainings, number, kind):
     until(lambda: not group_lives(training.pid), "the end of its workers")
 
 
-def test_with_spawned_workers_the_whole_group_gets_it(trainings):
-    kind = {"workers": 1, "augmented": False, "group": True, "context": "spawn", "val_workers": False, "epochs": 1}
-    training = trainings.start(stops=(3,), command_line=True, **kind)
-    training.at(3).signal(signal.SIGTERM)
-    training.go()
-    check_it_left_well(trainings, training, signal.SIGTERM, 3, **kind)
-    until(lambda: not group_lives(training.pid), "the end of its workers")
-
-
 @EACH
-def test_spawned_workers_that_are_just_being_started_get_it_too(trainings, number):
-    """They need seconds until they run anything of ours."""
+def test_spawned_workers_get_it_too(trainings, number):
+    """While they are being started: they need seconds until they run anything of ours."""
     kind = {"workers": 1, "augmented": False, "group": True, "context": "spawn", "val_workers": False, "epochs": 1}
     training = trainings.start(stops=(0,), command_line=True, **kind)
     training.at(0).go()
     until(lambda: any("spawn_main" in command_line(pid) for pid in training.children()), "a worker")
     training.signal(number)
     check_it_left_well(trainings, training, number, 1, **kind)
+    until(lambda: not group_lives(training.pid), "the end of its workers")
 
 
 def command_line(pid):
@@ -126,13 +118,6 @@ def test_a_second_sigint_leaves_at_once(trainings):
     resumed = trainings.resume(training)
     assert_same(resumed.end(), plain(), *STATE)
     assert resumed.client.events(kinds=["inexact"]) == []
-
-
-def test_a_real_command_line_is_resumed_as_one(trainings):
-    training = trainings.start(stops=(7,), command_line=True)
-    training.at(7).signal(signal.SIGTERM)
-    training.go()
-    check_it_left_well(trainings, training, signal.SIGTERM, 7)
 
 
 def attached(folder, **config):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -32,7 +35,7 @@ def verify_command(ref: str | None, to: str | None, timeout: float | None, store
     with options.connect(store) as client:
         plan = client.plan(ref, to)
     waiting = nullcontext() if as_json else _waiting(plan)
-    with waiting:
+    with _leaving_in_order(), waiting:
         found = verification.replay(plan, timeout=timeout)
     click.echo(render.document(found) if as_json else text(found))
     if not found.equal:
@@ -55,6 +58,20 @@ def text(found: Verification) -> str:
     lines += [f"  {line}" for line in found.differences]
     lines += ["likely causes:", *(f"  {line}" for line in found.causes)]
     return "\n".join(lines)
+
+
+@contextmanager
+def _leaving_in_order() -> Iterator[None]:
+    """Inside, a SIGTERM (of `timeout`, say) lets this process end its replay and clear up before it leaves."""
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _waiting(plan: Plan) -> AbstractContextManager[Any]:
