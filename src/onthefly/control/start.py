@@ -189,7 +189,7 @@ def _resumed(about: _About, name: str) -> Start:
         resumed=True,
         base=base,
         needed=about.store.full_path(run.base["path"]) if run.base else None,
-        kept=[_kept(row, about.config.best_metric) for row in rows if Path(row.path).exists()],
+        kept=[_kept(row, _judged_by(row, run, about.config.best_metric)) for row in rows if Path(row.path).exists()],
         again=again,
     )
     step = base.step if base is not None else 0
@@ -288,6 +288,11 @@ def _recorded_metrics(store: Store, run: RunRow, after: int) -> dict[str, dict[i
         for step, value in zip(series.steps.tolist(), series.values.tolist(), strict=True):
             recorded.setdefault(name, {}).setdefault(step, []).append(value)
     return recorded
+
+
+def _judged_by(row: CheckpointRow, run: RunRow, metric: str) -> str:
+    """The metric, or none for a checkpoint of a line that the run has left."""
+    return "" if row.generation < run.generation and run.base and row.step > run.base["step"] else metric
 
 
 def _kept(row: CheckpointRow, metric: str) -> Kept:
