@@ -41,21 +41,37 @@ def torch_load(path: Path, live: dict[str, Any]) -> None:
         part.load_state_dict(stored[name])
 
 
+def forget(path: Path) -> None:
+    """Drop a file from the page cache."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+
+
 def measure(live: dict[str, Any], folder: Path, rounds: int) -> dict[str, list[float]]:
     ours, theirs = folder / "ours.safetensors", folder / "theirs.pt"
-    blocks: dict[str, Callable[[], object]] = {
+    saves: dict[str, Callable[[], object]] = {
         "save": lambda: save_checkpoint(ours, live),
         "torch.save": lambda: torch_save(theirs, live),
         "save again": lambda: save_checkpoint(ours, live),
+    }
+    loads: dict[str, Callable[[], object]] = {
         "load": lambda: load_checkpoint(ours, live),
         "torch.load": lambda: torch_load(theirs, live),
     }
-    for block in blocks.values():
-        block()
-    times: dict[str, list[float]] = {name: [] for name in blocks}
-    for _ in range(rounds):
-        for name, block in blocks.items():
+    times: dict[str, list[float]] = {name: [] for name in (*saves, *loads, *(f"{name}, cold" for name in loads))}
+    for round in range(rounds + 1):  # the first one only warms up
+        for name, block in saves.items():
             times[name].append(seconds(block))
+        for name, block in loads.items():
+            # Our writes go around the page cache, so a first load is always cold: both are measured both ways.
+            forget(ours), forget(theirs)
+            times[f"{name}, cold"].append(seconds(block))
+            times[name].append(seconds(block))
+        if round == 0:
+            for values in times.values():
+                values.clear()
     return times
 
 
@@ -71,10 +87,12 @@ def main() -> None:
         for name, values in times.items():
             report.note(f"{label}: {name}, median", statistics.median(values), "s")
         saving, loading = ratio(times["save"], times["torch.save"]), ratio(times["load"], times["torch.load"])
+        cold = ratio(times["load, cold"], times["torch.load, cold"])
         report.judge(f"{label}: save, ratio to torch.save + fsync", saving.median, 0.6)
         report.note(f"{label}: save, ratio with interval", saving)
-        report.judge(f"{label}: load, ratio to torch.load + load_state_dict", loading.median, 0.6)
+        report.judge(f"{label}: load, warm, ratio to torch.load + load_state_dict", loading.median, 0.6)
         report.note(f"{label}: load, ratio with interval", loading)
+        report.note(f"{label}: load, cold, ratio with interval", cold)
         report.note(f"{label}: A/A ratio of save", ratio(times["save again"], times["save"]))
     report.end()
 

@@ -38,9 +38,9 @@ _processes.set_forkserver_preload(
 )
 
 
-def until(fact, what):
+def until(fact, what, patience=PATIENCE):
     """Wait for something to be true, and give it."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + patience
     while not (found := fact()):
         assert time.monotonic() < end, f"it did not come to pass: {what}"
         time.sleep(0.002)
@@ -106,9 +106,9 @@ class Training:
 
     # -- its steps ---------------------------------------------------------------------------------------------
 
-    def at(self, step):
+    def at(self, step, patience=PATIENCE):
         """Wait until it stands in that step. 0: before the first boundary; -1: after the loop."""
-        until(lambda: self._pipe.poll() or self.is_over, f"step {step}")
+        until(lambda: self._pipe.poll() or self.is_over, f"step {step}", patience)
         assert self._pipe.poll(), f"the training ended before step {step}; it said:\n{self.said}"
         assert self._pipe.recv() == step
         return self

@@ -291,6 +291,7 @@ def test_a_file_that_does_not_fit_is_refused_and_training_goes_on(trainings, tmp
 @pytest.mark.parametrize("step", [3, 12, LAST])
 def test_after_a_reset_the_run_is_the_one_that_it_was(trainings, kind, step):
     alone = trainings.start(store="alone", **kind)
+    whole = alone.end()
     training = trainings.start(stops=(2, step), **kind)
     changed = training.at(2).deliver("set", values={"lr": 0.5, "noise": 0.3, "grad_clip": 0.1})
     training.go().done(changed)
@@ -309,7 +310,7 @@ def test_after_a_reset_the_run_is_the_one_that_it_was(trainings, kind, step):
     gone = [c for c in training.client.checkpoints("baseline", evicted=True) if c.evicted]
     assert {c.evicted_reason for c in gone} <= {"reset", "replaced"}
     training.go().at(step).go()
-    end, whole = training.end(), alone.end()
+    end = training.end()
     assert_same(end, whole, *STATE)
     assert end["losses"][step:] == whole["losses"]
     assert checkpoints(training)[-1].hash == alone.client.checkpoints("baseline")[-1].hash

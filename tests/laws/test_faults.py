@@ -188,14 +188,15 @@ def held(folder):
         holder.execute("ROLLBACK")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_locked_database_holds_up_nothing_and_loses_nothing(trainings, workers):
+@pytest.mark.parametrize(("workers", "epochs"), [(0, 20), (1, 60)])
+def test_a_locked_database_holds_up_nothing_and_loses_nothing(trainings, workers, epochs):
     """Not even the fork of a loader's worker, of which there is one in each epoch."""
-    kind = {"workers": workers, "augmented": False, "val_workers": False, "epochs": 20}
-    training = trainings.start(stops=(7, 100), **kind)
+    kind = {"workers": workers, "augmented": False, "val_workers": False, "epochs": epochs}
+    last = epochs * PER_EPOCH
+    training = trainings.start(stops=(7, last), config={"ckpt_every_epoch": False}, **kind)
     training.at(7).client.sessions()
     with held(trainings.store):
-        training.go().at(100)
+        training.go().at(last, patience=25)  # seconds for two; forks that wait for others' locks take minutes
         until(lambda: "cannot be used" in training.said, "a word of it")
     training.go()
     end = training.end()

@@ -424,7 +424,9 @@ def _verify(data: mmap.mmap, recorded: str) -> None:
     view = memoryview(data)
     hasher = blake3(bytes(view[: _DIGITS.start]) + _ZEROS.encode(), max_threads=blake3.AUTO)
     for begin in range(_DIGITS.stop, len(view), _READ):
-        _populate(data, begin // ALIGNMENT * ALIGNMENT, _READ)
+        aligned = begin // ALIGNMENT * ALIGNMENT
+        _advise(data, getattr(mmap, "MADV_WILLNEED", None), aligned + _READ)  # read on while this piece is hashed
+        _advise(data, _MADV_POPULATE_READ, aligned)
         hasher.update(view[begin : begin + _READ])
     view.release()
     if hasher.hexdigest() != recorded:
@@ -433,10 +435,11 @@ def _verify(data: mmap.mmap, recorded: str) -> None:
         )
 
 
-def _populate(data: mmap.mmap, begin: int, length: int) -> None:
-    """Map a piece of the file at once: page by page, its faults would cost more than the hash."""
-    with suppress(OSError, ValueError):  # only a matter of speed, and Linux before 5.14 has no such advice
-        data.madvise(_MADV_POPULATE_READ, begin, min(length, len(data) - begin))
+def _advise(data: mmap.mmap, advice: int | None, begin: int) -> None:
+    """Map a piece of the file at once, or read ahead: page by page, its faults would cost more than the hash."""
+    if advice is not None and begin < len(data):
+        with suppress(OSError, ValueError):  # only a matter of speed: Linux before 5.14 and macOS lack some advice
+            data.madvise(advice, begin, min(_READ, len(data) - begin))
 
 
 def _view(data: mmap.mmap, dtype: torch.dtype, shape: list[int], offset: int) -> torch.Tensor:
