@@ -262,7 +262,9 @@ class Session:
         """
         if self._jumping:
             return
-        step, epoch, best = self.step, self.epoch, self._config.best_metric
+        counters, best = self._counters, self._config.best_metric
+        step: int = counters["step"]  # type: ignore[assignment]
+        epoch: int = counters["epoch"]  # type: ignore[assignment]
         plain: dict[str, float] = {}
         for name, value in numbers.items():
             if isinstance(value, torch.Tensor):
@@ -272,8 +274,8 @@ class Session:
                 value = _number(name, value)
             plain[name] = value if type(value) is float else _plain(name, value)
         if best in plain:
-            self._counters[best] = plain[best]
-            self._counters[f"{best}_step"] = step
+            counters[best] = plain[best]
+            counters[f"{best}_step"] = step
             self._checkpointer.changed()
         self._history.metrics(step, epoch, plain)
 
