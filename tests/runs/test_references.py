@@ -15,6 +15,8 @@ from onthefly.runs.references import Reference, parse, resolve
 @dataclass(frozen=True)
 class Run:
     name: str
+    generation: int = 0
+    base: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,15 @@ ROWS = [AT_150, AT_50, OF_FORK, AT_100]
 
 def find(text, rows=ROWS, **how):
     return resolve(parse(text), RUNS, rows, **how)
+
+
+def test_the_best_is_one_of_the_line_that_stands():
+    run = Run("baseline", generation=1, base={"step": 60})
+    newer = Row("baseline", 80, "dddddd" + "0" * 58, 30, generation=1, metrics={"val_loss": 0.7})
+    left = replace(AT_100, metrics={"val_loss": 0.1})
+    assert resolve(parse("baseline@best"), [run], [AT_50, left, newer]) == AT_50
+    assert resolve(parse("baseline@best"), [run], [left, newer]) == newer
+    assert resolve(parse("baseline@100"), [run], [left, newer]) == left
 
 
 @pytest.mark.parametrize(

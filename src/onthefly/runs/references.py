@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from onthefly.errors import AmbiguousError, UnknownReferenceError
 
@@ -45,8 +45,14 @@ class Reference:
 
 
 class RunLike(Protocol):
+    """What `resolve` reads of a run's row. `base` tells the `step` that its generation began from, if it is not the first."""
+
     @property
     def name(self) -> str: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def base(self) -> Mapping[str, Any] | None: ...
 
 
 class CheckpointLike(Protocol):
@@ -110,7 +116,8 @@ def resolve(
         return _by_path(reference.path, checkpoints)
     assert reference.name is not None
     by_hash = _by_hash(reference.name.lower(), checkpoints) if reference.may_be_hash else []
-    if reference.name not in {run.name for run in runs}:
+    run = next((run for run in runs if run.name == reference.name), None)
+    if run is None:
         if by_hash:
             return _one_content(reference, by_hash)
         raise UnknownReferenceError(_unknown_name(reference, runs, checkpoints))
@@ -119,7 +126,7 @@ def resolve(
             f"{reference.name!r} is a run, and the start of the hash {by_hash[0].hash[:16]}; "
             f"write {reference.name}@latest, or more digits"
         )
-    return _of_run(reference, reference.name, checkpoints, best_by)
+    return _of_run(reference, run, checkpoints, best_by)
 
 
 def in_order(checkpoints: Iterable[C]) -> list[C]:
@@ -169,7 +176,13 @@ def _one_content(reference: Reference, found: list[C]) -> C:
     return live[-1]
 
 
-def _of_run(reference: Reference, name: str, checkpoints: Sequence[C], best_by: str) -> C:
+def _stands(row: CheckpointLike, run: RunLike) -> bool:
+    """Whether a checkpoint is of the line that the run is on, and not of one that it was taken back from."""
+    return row.generation >= run.generation or run.base is None or row.step <= run.base["step"]
+
+
+def _of_run(reference: Reference, run: RunLike, checkpoints: Sequence[C], best_by: str) -> C:
+    name = run.name
     mine = in_order(row for row in checkpoints if row.run == name)
     live = [row for row in mine if row.evicted is None]
     if not live:
@@ -177,7 +190,7 @@ def _of_run(reference: Reference, name: str, checkpoints: Sequence[C], best_by: 
     if reference.at is None or reference.at == "latest":
         return live[-1]
     if reference.at == "best":
-        if (found := best(live, best_by)) is None:
+        if (found := best((row for row in live if _stands(row, run)), best_by)) is None:
             raise UnknownReferenceError(
                 f"no checkpoint of {name!r} has a {best_by}; the best is the one with the lowest"
             )
