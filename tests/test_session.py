@@ -1,7 +1,10 @@
 """A session around loops of every kind: what it counts, records, saves, and says when it ends."""
 
 import math
+import os
 import signal
+import sys
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -207,7 +210,7 @@ def test_numbers_of_many_kinds_are_logged_as_they_are(start, client):
     assert math.isnan(found["e"].values[0])
 
 
-@pytest.mark.parametrize("value", [torch.zeros(2), "high", None, 1j, torch.tensor(1j)])
+@pytest.mark.parametrize("value", [torch.zeros(2), torch.zeros(2, device="meta"), "high", None, 1j, torch.tensor(1j)])
 def test_what_is_not_one_number_is_refused(start, value):
     with start(None) as session:
         for _ in session.steps(1):
@@ -272,6 +275,25 @@ def test_hooks_and_signal_handlers_are_put_back(start):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_ctrl_c_saves_and_leaves_when_nobody_reads_stderr_any_more(start, client, monkeypatch):
+    reader, writer = os.pipe()
+    session = start(handle_signals=True)
+    os.close(reader)
+    nobody = os.fdopen(writer, "w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", nobody)
+    batches = iter(session)
+    train(session, next(batches))
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(SystemExit) as left:
+        next(batches)
+    monkeypatch.undo()
+    with suppress(BrokenPipeError):
+        nobody.close()
+    assert left.value.code == 130
+    with client() as c:
+        assert (c.checkpoints("baseline")[-1].step, c.run("baseline").status) == (1, "unfinished")
 
 
 def test_what_cannot_be_exact_is_recorded_with_the_session(tmp_path):

@@ -148,9 +148,7 @@ class Session:
         self._due_save: str | None = None  # one that waits for pending gradients to be used
         self._leaving: tuple[str, int] | None = None
         self._epochs: int | None = None  # how many the loop that is under way was told to do
-        self._attend_at: float = (
-            0  # the next step whose boundary has something to do, whether or not the gate is raised
-        )
+        self._attend_at: float = 0  # the next step with something to do, whether or not the gate is raised
         try:
             self._restore()
         except BaseException:

@@ -135,6 +135,7 @@ class _About:
 
     def start(self, run: str, generation: int, **more: Any) -> Start:
         config = {k: v if isinstance(v, bool | int | float | None) else str(v) for k, v in asdict(self.config).items()}
+        inexact = [*self.inexact, *_nondeterminism()]
         session = self.store.create_session(
             project=self.config.project,
             run=run,
@@ -142,7 +143,7 @@ class _About:
             host=socket.gethostname(),
             launch=self.launch,
             environment=environment(),
-            inexact=[*self.inexact, *_nondeterminism()],
+            inexact=inexact,
             config=config,
             time=time.time(),
         )
@@ -156,7 +157,7 @@ class _About:
         format.remove_stray(folder)
         history = History(journal, run, generation)
         begun = Start(self.store, session, journal, lock, history, self.config, folder, **more)
-        for reason in self.inexact:
+        for reason in inexact:
             logging.getLogger("onthefly").warning("this run cannot be repeated exactly: %s", reason)
         return begun
 
