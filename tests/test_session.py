@@ -112,6 +112,17 @@ def test_max_steps_ends_any_loop(start, loop):
     assert session.step == 7
 
 
+def test_a_run_cut_by_max_steps_is_saved_before_the_code_that_a_resume_runs_again(start, client):
+    with start(max_steps=7) as session:
+        for _ in session.epochs(9):
+            for batch in session:
+                train(session, batch)
+            session.log(val_loss=1.0)
+    with client() as c:
+        last = c.checkpoints("baseline")[-1]
+    assert (last.step, last.epoch, last.reason, last.metrics) == (7, 1, "end", {})
+
+
 def test_an_epoch_end_checkpoint_comes_after_the_code_that_follows_the_batches(start, client):
     with start() as session:
         for epoch in session.epochs(2):

@@ -215,7 +215,7 @@ class Session:
         finally:
             self._epochs = None
             self._in_body = False
-        self._finish()
+        self._finish(save=loader.batch == 0)
 
     def __iter__(self) -> Iterator[Any]:
         """The rest of this epoch inside `epochs`; elsewhere all batches up to `max_epochs` and `max_steps`."""
@@ -393,7 +393,10 @@ class Session:
             # Before an epoch's first batch, whoever called has been at the boundary. This line is what a step costs.
             if loader.batch and (gate.raised or counters["step"] >= self._attend_at):  # type: ignore[operator]
                 self._attend()
-                if self._jumping or self._steps_are_over() or self._epochs_are_over():
+                if self._steps_are_over():
+                    self._try_save("end")  # here, and not behind the code that follows: that code runs on a resume, too
+                    return
+                if self._jumping or self._epochs_are_over():
                     return
             batch = loader.next()
             if batch is END:
@@ -431,11 +434,12 @@ class Session:
             if self._config.handle_signals:
                 self._signals.install()
 
-    def _finish(self) -> None:
+    def _finish(self, *, save: bool = True) -> None:
         if self._start.until is not None:
             raise InexactError(f"the loop ended before step {self._start.until.step}, which was recorded")
         self._done = True
-        self._try_save("end")
+        if save:
+            self._try_save("end")
         self._signals.close()
 
     # -- at a boundary -----------------------------------------------------------------------------------------
