@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from onthefly.checkpoints import durable, format
-from onthefly.checkpoints.format import digest, open_checkpoint, recorded_hash, remove_stray, write
+from onthefly.checkpoints import durable, header
+from onthefly.checkpoints.durable import remove_stray
+from onthefly.checkpoints.format import digest, open_checkpoint, write
+from onthefly.checkpoints.header import recorded_hash
 from onthefly.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -126,17 +128,17 @@ def test_tensors_need_not_be_contiguous_nor_without_gradient(tmp_path):
 
 def test_the_file_is_as_documented(small, tensors):
     length = int.from_bytes(small[:8], "little")
-    header = json.loads(small[8 : 8 + length])
+    entries = json.loads(small[8 : 8 + length])
     assert (8 + length) % 4096 == 0
-    assert next(iter(header)) == "__metadata__"
-    assert list(header["__metadata__"]) == ["blake3", "onthefly"]
-    recorded = header["__metadata__"]["blake3"]
+    assert next(iter(entries)) == "__metadata__"
+    assert list(entries["__metadata__"]) == ["blake3", "onthefly"]
+    recorded = entries["__metadata__"]["blake3"]
     assert small.count(recorded.encode()) == 1
     assert blake3(small.replace(recorded.encode(), b"0" * 64)).hexdigest() == recorded
-    assert json.loads(header["__metadata__"]["onthefly"]) == {"format": format.FORMAT_VERSION, "state": TREE}
-    del header["__metadata__"]
-    assert list(header) == sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    offsets = [info["data_offsets"] for info in header.values()]
+    assert json.loads(entries["__metadata__"]["onthefly"]) == {"format": header.FORMAT_VERSION, "state": TREE}
+    del entries["__metadata__"]
+    assert list(entries) == sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    offsets = [info["data_offsets"] for info in entries.values()]
     assert [begin for begin, _ in offsets] == [0, *(end for _, end in offsets[:-1])]
     assert 8 + length + offsets[-1][1] == len(small)
 
@@ -174,8 +176,8 @@ def test_the_stock_safetensors_library_opens_it(tmp_path, tensors, small):
 def test_a_header_may_be_as_long_as_the_stock_library_reads(tmp_path):
     path = tmp_path / "a.safetensors"
     for length, word in (
-        (format.MAX_HEADER, "InvalidHeaderLength|[Ii]nvalid header length"),
-        (format.MAX_HEADER + 1, "[Ll]arge"),
+        (header.MAX_HEADER, "InvalidHeaderLength|[Ii]nvalid header length"),
+        (header.MAX_HEADER + 1, "[Ll]arge"),
     ):
         path.write_bytes(length.to_bytes(8, "little") + b" " * 64)
         with pytest.raises(SafetensorError, match=word):
@@ -224,7 +226,7 @@ def test_what_has_no_place_in_the_format_is_refused_before_anything_is_written(t
 
 def test_a_tree_beyond_the_header_is_refused(tmp_path):
     with pytest.raises(UnsupportedValueError, match="header"):
-        write(tmp_path / "a", "x" * format.MAX_HEADER, {})
+        write(tmp_path / "a", "x" * header.MAX_HEADER, {})
     assert not list(tmp_path.iterdir())
 
 

@@ -77,7 +77,7 @@ def saved(tmp_path):
 
 
 def test_the_rooms_public_names():
-    assert checkpoints.__all__ == ["Written", "describe", "load_checkpoint", "save_checkpoint"]
+    assert checkpoints.__all__ == ["load_checkpoint", "save_checkpoint"]
 
 
 # -- saving and loading ----------------------------------------------------------------------------------------

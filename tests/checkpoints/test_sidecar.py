@@ -12,10 +12,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from onthefly.checkpoints import describe
-from onthefly.checkpoints.format import FORMAT_VERSION, write
+from onthefly.checkpoints.format import write
+from onthefly.checkpoints.header import FORMAT_VERSION
 from onthefly.checkpoints.sidecar import (
     Sidecar,
+    describe,
     name_for,
     newest,
     parse_name,
@@ -143,7 +144,9 @@ def test_it_is_plain_json_beside_the_checkpoint(checkpoint):
 def test_describe_fills_in_path_time_size_and_hash(checkpoint, tmp_path, monkeypatch):
     path, written = checkpoint
     monkeypatch.chdir(tmp_path)
-    describe(path.name, written, {"step": 7}, run="r", generation=1, step=7, epoch=0, reason="cadence")
+    describe(
+        path.name, written.hash, written.size, {"step": 7}, run="r", generation=1, step=7, epoch=0, reason="cadence"
+    )
     sidecar = read_sidecar(path)
     assert (sidecar.path, sidecar.hash, sidecar.size, sidecar.reason) == (path, written.hash, written.size, "cadence")
     assert json.loads(path_of(path).read_text())["path"] == str(path)
@@ -155,7 +158,7 @@ def test_a_sidecar_that_cannot_be_written_is_only_logged(checkpoint, caplog):
     path_of(path).mkdir()
     with pytest.raises(CheckpointWriteError):
         write_sidecar(path, about(path, written))
-    describe(path, written, {}, run=None, generation=0, step=None, epoch=None, reason="manual")
+    describe(path, written.hash, written.size, {}, run=None, generation=0, step=None, epoch=None, reason="manual")
     assert "its sidecar is not" in caplog.text
     assert read_sidecar(path) is None
 

@@ -1,112 +1,28 @@
 """Checkpoint files: every byte of a checkpoint passes through this room.
 
 `save_checkpoint` and `load_checkpoint` are its front door, and need neither a session nor a store. Behind them, `format`
-is the file itself, `sidecar` its name and the note beside it, `retention` which files may go. The room may
-import `state` and `errors`; it never imports the store, and it never executes anything that it reads.
+and `header` are the file itself, `staging` and `writer` take it out of a training that goes on, `sidecar` is its name
+and the note beside it, `retention` says which files may go. The room may import `state` and `errors`; it never imports
+the store, and it never executes anything that it reads. `header`, `sidecar`, `durable` and `retention` load no torch.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from onthefly.checkpoints.format import Written, open_checkpoint, write
-from onthefly.checkpoints.sidecar import Sidecar, parse_name, write_sidecar
-from onthefly.errors import CheckpointWriteError, CorruptCheckpointError, StateMismatchError
-from onthefly.state.train_state import Number, TrainState
-from onthefly.state.tree import flatten, unflatten
+if TYPE_CHECKING:
+    from onthefly.checkpoints.standalone import load_checkpoint as load_checkpoint
+    from onthefly.checkpoints.standalone import save_checkpoint as save_checkpoint
 
-__all__ = ["Written", "describe", "load_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "save_checkpoint"]
 
 
-def save_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any] | TrainState) -> Written:
-    """Save live objects in one file: durably, whole or not at all. Random generators are always part of it.
-
-    `state` names the objects: a module, an optimizer, anything with ``state_dict`` and ``load_state_dict``, or a mapping of
-    several. Numbers in it are counters; None stands for an object that there is not::
-
-        save_checkpoint("last.safetensors", {"model": model, "optimizer": optimizer, "step": 1200})
-
-    Raises `UnsupportedValueError`, naming the path in the state, before anything is written, and `CheckpointWriteError` (disk
-    full, no permission, no such folder) with an older file of that name as it was.
-    """
-    captured = _train_state(state)
-    tree, tensors = flatten(captured.capture())
-    written = write(path, tree, tensors)
-    run, generation, step = parse_name(Path(path).name) or (None, 0, None)
-    counters = captured.counters
-    describe(
-        path,
-        written,
-        counters,
-        run=run,
-        generation=generation,
-        step=_count(counters.get("step"), step),
-        epoch=_count(counters.get("epoch"), None),
-        reason="manual",
-    )
-    return written
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("onthefly.checkpoints.standalone"), name)
+    raise AttributeError(f"module 'onthefly.checkpoints' has no attribute {name!r}")
 
 
-def load_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any] | TrainState) -> dict[str, Number]:
-    """Put a saved state back into live objects, random generators included. Returns the saved counters.
-
-    Only what `state` names is loaded. A scaler or a scheduler may be missing on either side; all else that `state` names must
-    be in the file and fit. Every byte is checked against the file's hash, and everything against the live objects, before
-    the first of them changes::
-
-        step = load_checkpoint("last.safetensors", {"model": model, "optimizer": optimizer})["step"]
-
-    Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, or `StateMismatchError`, with all live objects as they were.
-    """
-    live = _train_state(state)
-    file = open_checkpoint(path)
-    try:
-        value = unflatten(file.tree, file.tensors)
-        live.restore(value)
-    except (CorruptCheckpointError, StateMismatchError) as e:
-        raise type(e)(f"{file.path}: {e}") from e
-    return dict(value["counters"])
-
-
-def _train_state(state: Mapping[str, Any] | TrainState) -> TrainState:
-    return state if isinstance(state, TrainState) else TrainState.of(state)
-
-
-def describe(
-    path: str | os.PathLike[str],
-    written: Written,
-    counters: Mapping[str, Any],
-    *,
-    run: str | None,
-    generation: int,
-    step: int | None,
-    epoch: int | None,
-    reason: str,
-) -> None:
-    """Write the sidecar of a checkpoint that is saved. Where that fails it is logged: the checkpoint is whole without it."""
-    path = Path(path)
-    sidecar = Sidecar(
-        path=path.absolute(),
-        run=run,
-        generation=generation,
-        step=step,
-        epoch=epoch,
-        time=time.time(),
-        size=written.size,
-        hash=written.hash,
-        reason=reason,
-        counters=counters,
-    )
-    try:
-        write_sidecar(path, sidecar)
-    except CheckpointWriteError as e:
-        logging.getLogger(__name__).warning("%s is saved, its sidecar is not: %s", path, e)
-
-
-def _count(value: Any, otherwise: int | None) -> int | None:
-    return int(value) if hasattr(value, "__index__") else otherwise
+def __dir__() -> list[str]:
+    return __all__

@@ -20,14 +20,19 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.onthefly\.tmp", re.DOTALL)
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[int]:
+def replacing(target: Path, handles: set[int] | None = None) -> Iterator[int]:
     """A handle to write a file with. When the block ends well the file stands at `target`, durable.
+
+    While it is open the handle is in `handles`, if given: a process that is forked meanwhile inherits it, and keeps the
+    file's disk space for as long as it lives, unless it closes it.
 
     Otherwise nothing is left of it, and an older file at `target` is as it was. Raises `CheckpointWriteError` for any
     `OSError`, also for one from inside the block.
     """
     try:
         temporary, handle = _create(target)
+        if handles is not None:
+            handles.add(handle)
         try:
             yield handle
             os.fsync(handle)
@@ -37,6 +42,8 @@ def replacing(target: Path) -> Iterator[int]:
                 temporary.unlink()
             raise
         finally:
+            if handles is not None:
+                handles.discard(handle)
             os.close(handle)
         sync_folder(target.parent)
     except CheckpointWriteError:

@@ -7,16 +7,19 @@ sidecar is missing or damaged is as good as before. This module owns the names o
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from onthefly.checkpoints.format import FORMAT_VERSION, recorded_hash, replace_durably
-from onthefly.errors import CheckpointError
+from onthefly.checkpoints.durable import replace_durably
+from onthefly.checkpoints.header import FORMAT_VERSION, recorded_hash
+from onthefly.errors import CheckpointError, CheckpointWriteError
 
 Number = int | float | bool | None
 
@@ -107,6 +110,38 @@ def write_sidecar(path: str | os.PathLike[str], sidecar: Sidecar) -> None:
     record = asdict(sidecar) | {"path": str(sidecar.path), "counters": _plain(sidecar.counters)}
     text = json.dumps(record, indent=1, allow_nan=False)
     replace_durably(path_of(path), text.encode("ascii"))
+
+
+def describe(
+    path: str | os.PathLike[str],
+    hash: str,
+    size: int,
+    counters: Mapping[str, Any],
+    *,
+    run: str | None,
+    generation: int,
+    step: int | None,
+    epoch: int | None,
+    reason: str,
+) -> None:
+    """Write the sidecar of a checkpoint that is saved. Where that fails it is logged: the checkpoint is whole without it."""
+    path = Path(path)
+    sidecar = Sidecar(
+        path=path.absolute(),
+        run=run,
+        generation=generation,
+        step=step,
+        epoch=epoch,
+        time=time.time(),
+        size=size,
+        hash=hash,
+        reason=reason,
+        counters=counters,
+    )
+    try:
+        write_sidecar(path, sidecar)
+    except CheckpointWriteError as e:
+        logging.getLogger(__name__).warning("%s is saved, its sidecar is not: %s", path, e)
 
 
 def read_sidecar(path: str | os.PathLike[str]) -> Sidecar | None:

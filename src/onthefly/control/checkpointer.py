@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from onthefly import checkpoints
 from onthefly.checkpoints import format, retention, sidecar
 from onthefly.config import SessionConfig
 from onthefly.control.history import History
@@ -187,7 +186,7 @@ class Checkpointer:
             "epoch": epoch,
             "reason": reason,
         }
-        checkpoints.describe(target, written, self._state.counters, **about)
+        sidecar.describe(target, written.hash, written.size, self._state.counters, **about)
         return written, target
 
     def _free_path(self, step: int, generation: int) -> Path:

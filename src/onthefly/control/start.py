@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from onthefly.checkpoints import format
+from onthefly.checkpoints.durable import remove_stray
 from onthefly.config import SessionConfig
 from onthefly.control import commands
 from onthefly.control.checkpointer import Kept
@@ -154,7 +155,7 @@ class _About:
             Path(self.config.save_dir).expanduser().absolute() if self.config.save_dir else self.store.checkpoints_dir
         )
         folder.mkdir(parents=True, exist_ok=True)
-        format.remove_stray(folder)
+        remove_stray(folder)
         history = History(journal, run, generation)
         begun = Start(self.store, session, journal, lock, history, self.config, folder, **more)
         for reason in inexact:

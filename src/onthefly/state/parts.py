@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +32,12 @@ class Part(Protocol):
     def check(self, stored: Any, path: str) -> None:
         """Raises `StateMismatchError` when `apply` could not succeed. Changes nothing."""
 
-    def apply(self, stored: Any) -> None: ...
+    def apply(self, stored: Any, copies: Copies) -> None:
+        """Put a checked value back. Copies into tensors may be left to `copies`, which are done when all parts are."""
+
+
+Copies = list[tuple[torch.Tensor, torch.Tensor]]
+"""Tensors to be copied, as pairs (live, stored) of one shape, dtype and layout."""
 
 
 def part_for(value: Any, name: str) -> Part:
@@ -94,12 +99,12 @@ class _ModulePart:
                         f"{path}: {first} and {plain} are tied, but stored with values that differ"
                     )
 
-    def apply(self, stored: Any) -> None:
+    def apply(self, stored: Any, copies: Copies) -> None:
         if self.can_refuse:
             names = {self._plain(name): name for name in self._module.state_dict(keep_vars=True)}
             self._module.load_state_dict({names[name]: own(value) for name, value in stored.items()})
         else:
-            copy_all({self._plain(name): tensor for name, tensor in self._own_tensors().items()}, stored)
+            pair_up({self._plain(name): tensor for name, tensor in self._own_tensors().items()}, stored, copies)
 
     def _own_tensors(self) -> dict[str, torch.Tensor]:
         """The entries of the state dict that are parameters and buffers themselves."""
@@ -175,18 +180,18 @@ class _OptimizerPart:
             if live != found:
                 raise StateMismatchError(f"{path}: parameter {index} is stored as {found}, live as {live}")
 
-    def apply(self, stored: Any) -> None:
+    def apply(self, stored: Any, copies: Copies) -> None:
         optimizer = self._optimizer
         for mine, theirs in zip(optimizer.param_groups, stored["param_groups"], strict=True):
             for key, value in theirs.items():
                 if key not in ("params", "param_names"):
-                    mine[key] = _into(mine.get(key), value, None)
+                    mine[key] = _into(mine.get(key), value, None, copies)
             for index, parameter in zip(theirs["params"], mine["params"], strict=True):
                 entry = stored["state"].get(index)
                 if entry is None:
                     optimizer.state.pop(parameter, None)
                 else:
-                    _put_entry(optimizer.state[parameter], entry, parameter.device, mine)
+                    _put_entry(optimizer.state[parameter], entry, parameter.device, mine, copies)
         for key in [key for key in optimizer.state if not isinstance(key, torch.Tensor)]:
             del optimizer.state[key]
         indices = {index for group in stored["param_groups"] for index in group["params"]}
@@ -212,28 +217,33 @@ def _check_is_optimizer(stored: Any, path: str) -> None:
             raise CorruptCheckpointError(f"{path}/state/{index}: it is no entry of a parameter")
 
 
-def _put_entry(mine: dict[str, Any], entry: Mapping[str, Any], device: torch.device, group: Mapping[str, Any]) -> None:
+def _put_entry(
+    mine: dict[str, Any], entry: Mapping[str, Any], device: torch.device, group: Mapping[str, Any], copies: Copies
+) -> None:
     for key in [key for key in mine if key not in entry]:
         del mine[key]
     for key, value in entry.items():
         # Step counts stay on the CPU unless the kernel reads them on the device, as in PyTorch itself.
         on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
-        mine[key] = _into(mine.get(key), value, None if on_cpu else device)
+        mine[key] = _into(mine.get(key), value, None if on_cpu else device, copies)
 
 
-def _into(live: Any, stored: Any, device: torch.device | None) -> Any:
-    """The stored value, in the live tensor's memory where it has the same form."""
-    if isinstance(live, torch.Tensor) and isinstance(stored, torch.Tensor):
-        same_place = device is None or live.device == device
-        if (
-            live.shape == stored.shape
-            and live.dtype == stored.dtype
-            and live.stride() == stored.stride()
-            and same_place
-        ):
-            with torch.no_grad():
-                return live.copy_(stored)
-    return own(stored, device)
+def _into(live: Any, stored: Any, device: torch.device | None, copies: Copies) -> Any:
+    """What becomes the stored value when the copies are done: the live tensor where it has the same form."""
+    if not isinstance(stored, torch.Tensor) or isinstance(stored, nn.Parameter) or not _owns_every_element(stored):
+        return own(stored, device)
+    if not (
+        isinstance(live, torch.Tensor)
+        and live.shape == stored.shape
+        and live.dtype == stored.dtype
+        and live.stride() == stored.stride()
+        and (device is None or live.device == device)
+    ):
+        live = torch.empty_strided(
+            stored.shape, stored.stride(), dtype=stored.dtype, device=device or stored.device
+        ).requires_grad_(stored.requires_grad)
+    copies.append((live, stored))
+    return live
 
 
 # -- everything else -------------------------------------------------------------------------------------------
@@ -253,7 +263,7 @@ class _StatefulPart:
     def check(self, stored: Any, path: str) -> None:
         """Only the object itself knows; `apply` may refuse."""
 
-    def apply(self, stored: Any) -> None:
+    def apply(self, stored: Any, copies: Copies) -> None:
         if isinstance(self._value, torch.amp.GradScaler) and not stored:  # it was saved disabled
             return
         self._value.load_state_dict(own(stored))
@@ -273,7 +283,7 @@ class _GeneratorPart:
     def check(self, stored: Any, path: str) -> None:
         """Only the generator itself knows; `apply` may refuse."""
 
-    def apply(self, stored: Any) -> None:
+    def apply(self, stored: Any, copies: Copies) -> None:
         rng.set_generator_state(self._generator, stored)
 
 
@@ -301,7 +311,7 @@ def check_same_names(live: Mapping[str, Any], stored: Any, path: str) -> None:
 
 
 def check_tensor(live: torch.Tensor, stored: Any, path: str) -> None:
-    """Raises `StateMismatchError` when `copy_all` could not put the stored value into the live tensor."""
+    """Raises `StateMismatchError` when `copy_tensors` could not put the stored value into the live tensor."""
     if is_lazy(live):
         raise StateMismatchError(f"{path}: the live parameter has no shape yet; run one batch through the module first")
     if not isinstance(stored, torch.Tensor) or stored.shape != live.shape or stored.dtype != live.dtype:
@@ -313,11 +323,17 @@ def check_tensor(live: torch.Tensor, stored: Any, path: str) -> None:
         raise StateMismatchError(f"{path}: live it is one value expanded to {describe(live)}, stored are several")
 
 
-@torch.no_grad()
-def copy_all(live: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
-    """Copy values that were checked into live tensors."""
+def pair_up(live: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], copies: Copies) -> None:
+    """Add what takes stored values, which were checked, into the live tensors of the same names."""
     for name, value in stored.items():
-        _distinct(live[name], live[name]).copy_(_distinct(value, live[name]))
+        copies.append((_distinct(live[name], live[name]), _distinct(value, live[name])))
+
+
+@torch.no_grad()
+def copy_tensors(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy stored tensors into live ones, pair by pair (live, stored)."""
+    for live, stored in pairs:
+        live.copy_(stored)
 
 
 def own(value: Any, device: torch.device | None = None) -> Any:

@@ -6,7 +6,7 @@ and an object that can refuse (`load_state_dict` may raise) is loaded first and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,22 +16,26 @@ from torch import nn
 from onthefly.errors import CorruptCheckpointError, StateMismatchError, UnsupportedValueError
 from onthefly.state import rng
 from onthefly.state.parts import (
+    Copies,
     Part,
     Stateful,
     all_parameters,
     check_same_names,
     check_tensor,
-    copy_all,
+    copy_tensors,
     own,
+    pair_up,
     part_for,
     plain_names,
     unwrapped,
 )
 
-__all__ = ["Number", "Stateful", "TrainState", "Value", "unwrapped"]
+__all__ = ["Copy", "Number", "Stateful", "TrainState", "Value", "copy_tensors", "unwrapped"]
 
 Value = dict[str, Any]
 Number = int | float | bool | None
+Copy = Callable[[Iterable[tuple[torch.Tensor, torch.Tensor]]], None]
+"""Copies stored tensors into live ones, pair by pair (live, stored)."""
 
 _RESERVED = {"rng", "modes", "buffers", "owners", "grads", "counters"}
 _REQUIRED = _RESERVED - {"grads"}
@@ -123,24 +127,33 @@ class TrainState:
                 )
         return chosen
 
-    def restore(self, value: Value, names: Iterable[str] | None = None, *, random_state: bool = True) -> list[str]:
+    def restore(
+        self,
+        value: Value,
+        names: Iterable[str] | None = None,
+        *,
+        random_state: bool = True,
+        copy: Copy = copy_tensors,
+    ) -> list[str]:
         """Put a captured value back into the live objects (into the named parts only, if names are given).
 
         Raises `StateMismatchError` when anything does not fit and `CorruptCheckpointError` for what `capture` cannot have
         given, with every live object as it was. A missing scaler or scheduler, on either side, is passed over, and so
         are stored objects that nobody here tracks. Returns the names of the parts that were put back. Nothing live
-        shares memory with `value` afterwards.
+        shares memory with `value` afterwards. `copy` copies the tensors, all at once: whoever has the value from a file may
+        know a shorter way.
         """
         chosen = self.check(value, names)
         if random_state:
             _check_random_state(value["rng"])
-        self._apply_all(chosen, value)
+        copies = self._apply_all(chosen, value)
         for name in chosen:
             if name in self.modules:
                 _set_modes(self.modules[name], value["modes"][name])
-                copy_all(_unsaved_buffers(self.modules[name]), value["buffers"][name])
+                pair_up(_unsaved_buffers(self.modules[name]), value["buffers"][name], copies)
             if name in self.optimizers:
                 _set_gradients(self.optimizers[name], value.get("grads", {}).get(name, {}))
+        copy(copies)
         if names is None:
             self.counters.clear()  # a later counter is no part of an earlier state
             self.counters.update(value["counters"])
@@ -184,23 +197,25 @@ class TrainState:
             _check_owners(self._owners()[name], value["owners"].get(name), name)
             _check_gradients(self.optimizers[name], value.get("grads", {}).get(name, {}), f"grads/{name}")
 
-    def _apply_all(self, names: list[str], value: Value) -> None:
+    def _apply_all(self, names: list[str], value: Value) -> Copies:
         undo: list[tuple[str, Any]] = []
+        copies: Copies = []
         try:
             for name in sorted(names, key=lambda n: not self._parts[n].can_refuse):  # tensors change last
                 part = self._parts[name]
                 if part.can_refuse:
                     undo.append((name, own(part.capture())))
-                part.apply(_get(value, name)[1])
+                part.apply(_get(value, name)[1], copies)
         except Exception as e:
             lost = self._put_back(undo)
             raise StateMismatchError(f"{name}: its load_state_dict refused: {type(e).__name__}: {e}{lost}") from e
+        return copies
 
     def _put_back(self, undo: list[tuple[str, Any]]) -> str:
         lost = []
         for name, before in reversed(undo):
             try:
-                self._parts[name].apply(before)
+                self._parts[name].apply(before, [])
             except Exception as e:  # noqa: BLE001  a user's code; the others must be put back all the same
                 lost.append(f"{name} ({type(e).__name__}: {e})")
         return f"; and it could not be put back as it was: {', '.join(lost)}" if lost else ""
