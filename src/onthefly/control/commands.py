@@ -55,6 +55,21 @@ class SaveCheckpoint(Command):
     pin: bool = Field(False, description="Never evict it.")
 
 
+class PinCheckpoint(Command):
+    """Keep a checkpoint of this run whatever retention says, or let retention have it again."""
+
+    kind = "pinCheckpoint"
+    path: str = Field(description="The checkpoint's file.")
+    pinned: bool = Field(True, description="Whether it is to be pinned.")
+
+
+class RemoveCheckpoint(Command):
+    """Remove a checkpoint of this run. Its row stays, as a tombstone."""
+
+    kind = "removeCheckpoint"
+    path: str = Field(description="The checkpoint's file.")
+
+
 class LoadCheckpoint(Command):
     """Put the state of a checkpoint back into the live session."""
 
@@ -107,6 +122,8 @@ COMMANDS: tuple[type[Command], ...] = (
     Resume,
     Stop,
     SaveCheckpoint,
+    PinCheckpoint,
+    RemoveCheckpoint,
     LoadCheckpoint,
     ResetSession,
     TestRun,
