@@ -1,4 +1,4 @@
-"""Retention: which checkpoints of a run may go. A pure function of what is known about them."""
+"""Retention: which checkpoints of a run stay, and why. Pure functions of what is known about them."""
 
 from __future__ import annotations
 
@@ -26,21 +26,41 @@ class Candidate(Generic[Id]):
     needed: bool = False  # a lineage needs it: a fork's origin, a merge's parent
 
 
-def evict(candidates: Iterable[Candidate[Id]], keep: int = 3) -> list[Candidate[Id]]:
-    """The candidates that may be deleted, oldest first.
+def evict(candidates: Iterable[Candidate[Id]], keep: int = 3, every: int | None = None) -> list[Candidate[Id]]:
+    """The candidates that may be deleted, oldest first: those that `reasons` knows no reason to keep."""
+    return [candidate for candidate, words in reasons(candidates, keep, every) if not words]
 
-    Kept are the newest `keep` by their order, the one with the lowest finite metric (the newest of several), every
-    pinned one, every needed one, and every origin. Raises `ValueError` for a negative `keep`.
+
+def reasons(
+    candidates: Iterable[Candidate[Id]], keep: int = 3, every: int | None = None
+) -> list[tuple[Candidate[Id], tuple[str, ...]]]:
+    """Every candidate, oldest first, with the words that say why it is kept; without a word, it may go.
+
+    Kept are the `keep` last ones by their order (``newest``), with `every` each one whose step is a positive multiple of
+    it (``every 1000``), the one with the lowest finite metric, the newest of several (``best``), and what is ``pinned``,
+    ``needed``, or an ``origin``. Raises `ValueError` for a negative `keep`, and for an `every` that is not positive.
     """
     if keep < 0:
         raise ValueError(f"retention keeps at least 0 checkpoints, not {keep}")
+    if every is not None and every < 1:
+        raise ValueError(f"retention keeps what lies 1 step apart or more, not {every}")
     oldest_first = sorted(candidates, key=lambda c: c.order)
-    newest = oldest_first[len(oldest_first) - keep :] if keep < len(oldest_first) else oldest_first
+    first_kept = len(oldest_first) - keep
     best = _best(oldest_first)
-    kept = {id(c) for c in (*newest, *best)}
-    return [c for c in oldest_first if not (id(c) in kept or c.pinned or c.needed or c.reason == ORIGIN)]
+    found = []
+    for place, candidate in enumerate(oldest_first):
+        holds = {
+            "newest": place >= first_kept,
+            f"every {every}": every is not None and candidate.step > 0 and candidate.step % every == 0,
+            "best": candidate is best,
+            "pinned": candidate.pinned,
+            "needed": candidate.needed,
+            ORIGIN: candidate.reason == ORIGIN,
+        }
+        found.append((candidate, tuple(word for word, true in holds.items() if true)))
+    return found
 
 
-def _best(oldest_first: list[Candidate[Id]]) -> list[Candidate[Id]]:
+def _best(oldest_first: list[Candidate[Id]]) -> Candidate[Id] | None:
     measured = [c for c in oldest_first if c.metric is not None and math.isfinite(c.metric)]
-    return [min(reversed(measured), key=lambda c: c.metric or 0.0)] if measured else []
+    return min(reversed(measured), key=lambda c: c.metric or 0.0) if measured else None
