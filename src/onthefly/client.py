@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
-from onthefly import errors
+from onthefly import errors, keeping
 from onthefly.errors import (
     AmbiguousError,
     CommandError,
@@ -127,6 +127,11 @@ class Client:
     def checkpoints(self, run: str | None = None, *, evicted: bool = False) -> list[CheckpointRow]:
         """Checkpoints, oldest first: of one run, or of all. `evicted` ones are gone but for their rows."""
         return references.in_order(queries.checkpoints(self.store, run, evicted=evicted))
+
+    def kept_because(self) -> dict[int, tuple[str, ...]]:
+        """Why retention leaves every live checkpoint where it is, by the row's `id`: ``newest``, ``every 1000``, ``best``,
+        ``pinned``, ``origin``, or ``needed`` by a lineage. Without a word, the run's next save may remove it."""
+        return keeping.kept_because(self.checkpoints(), self.runs(), self.sessions())
 
     def events(
         self,

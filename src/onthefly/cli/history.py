@@ -15,24 +15,32 @@ from onthefly.cli.render import Column
 if TYPE_CHECKING:
     from onthefly.store.queries import CheckpointRow, EventRow, RunRow, SessionRow
 
+Reasons = Mapping[int, tuple[str, ...]]
+
 
 @click.command("checkpoints", short_help="What was saved.")
 @click.argument("run", required=False)
 @click.option("--all", "evicted", is_flag=True, help="Also those that were removed, with the reason.")
+@click.option("--why", is_flag=True, help="Also why each one is kept: newest, every K, best, pinned, origin, needed.")
 @options.store
 @options.as_json
-def checkpoints_command(run: str | None, evicted: bool, store: Path | None, as_json: bool) -> None:
-    """Checkpoints, newest last: of RUN, or of all runs. The first column is a REF."""
+def checkpoints_command(run: str | None, evicted: bool, why: bool, store: Path | None, as_json: bool) -> None:
+    """Checkpoints, newest last: of RUN, or of all runs. The first column is a REF.
+
+    With --why, one that is `needed` is what another run, or a generation, began from; the run's next save may remove one that
+    has no reason.
+    """
     with options.connect(store) as client:
         if run is not None:
             client.run(run)
         rows = client.checkpoints(run, evicted=evicted)
+        kept = client.kept_because() if why else None
     if as_json:
-        click.echo(render.document(rows))
+        click.echo(render.document(rows if kept is None else [_with_reasons(row, kept) for row in rows]))
     elif not rows:
         click.echo("no checkpoint yet; `onthefly save` makes one")
     else:
-        click.echo(checkpoints_text(rows, time.time()))
+        click.echo(checkpoints_text(rows, time.time(), kept))
 
 
 @click.command("runs", short_help="Every run of the store.")
@@ -72,7 +80,8 @@ def log_command(run: str | None, last: int | None, store: Path | None, as_json: 
         click.echo(log_text(rows, time.time(), with_run=run is None))
 
 
-def checkpoints_text(rows: list[CheckpointRow], now: float) -> str:
+def checkpoints_text(rows: list[CheckpointRow], now: float, kept: Reasons | None = None) -> str:
+    """The table; with `kept`, the words by row id, why each one stays takes the place of whether it is pinned."""
     columns = (
         Column("REF"),
         Column("EPOCH", "right"),
@@ -81,7 +90,7 @@ def checkpoints_text(rows: list[CheckpointRow], now: float) -> str:
         Column("SIZE", "right"),
         Column("SAVED", "right"),
         Column("WHY"),
-        Column("PINNED"),
+        Column("PINNED" if kept is None else "KEPT"),
         Column("METRICS"),
         Column("REMOVED"),
     )
@@ -95,7 +104,7 @@ def checkpoints_text(rows: list[CheckpointRow], now: float) -> str:
             render.size(row.size),
             render.ago(row.time, now),
             row.reason,
-            "pinned" if row.pinned else "",
+            _pinned(row) if kept is None else _kept(row, kept),
             render.pairs(row.metrics),
             "" if row.evicted is None else f"{row.evicted_reason} {render.ago(row.evicted, now)}",
         ]
@@ -225,6 +234,20 @@ _WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "lost": _lost,
     "storeUnavailable": _lost,
 }
+
+
+def _pinned(row: CheckpointRow) -> str:
+    return "pinned" if row.pinned else ""
+
+
+def _kept(row: CheckpointRow, kept: Reasons) -> str:
+    if row.evicted is not None:
+        return ""
+    return ", ".join(kept.get(row.id, ())) or render.dim("may go")
+
+
+def _with_reasons(row: CheckpointRow, kept: Reasons) -> dict[str, Any]:
+    return {**render.jsonable(row), "kept_because": list(kept.get(row.id, ())) if row.evicted is None else None}
 
 
 def _after(text: str) -> str:

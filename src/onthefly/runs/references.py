@@ -144,6 +144,11 @@ def best(checkpoints: Iterable[C], metric: str) -> C | None:
     return min(judged, key=lambda pair: pair[0])[1] if judged else None
 
 
+def stands(row: CheckpointLike, run: RunLike) -> bool:
+    """Whether a checkpoint is of the line that the run is on, and not of one that it was taken back from."""
+    return row.generation >= run.generation or run.base is None or row.step <= run.base["step"]
+
+
 def describe(checkpoint: CheckpointLike) -> str:
     """A checkpoint in a few words, for messages: ``baseline@120 3f9a2c1b04de``."""
     generation = f" (generation {checkpoint.generation})" if checkpoint.generation else ""
@@ -176,11 +181,6 @@ def _one_content(reference: Reference, found: list[C]) -> C:
     return live[-1]
 
 
-def _stands(row: CheckpointLike, run: RunLike) -> bool:
-    """Whether a checkpoint is of the line that the run is on, and not of one that it was taken back from."""
-    return row.generation >= run.generation or run.base is None or row.step <= run.base["step"]
-
-
 def _of_run(reference: Reference, run: RunLike, checkpoints: Sequence[C], best_by: str) -> C:
     name = run.name
     mine = in_order(row for row in checkpoints if row.run == name)
@@ -190,7 +190,7 @@ def _of_run(reference: Reference, run: RunLike, checkpoints: Sequence[C], best_b
     if reference.at is None or reference.at == "latest":
         return live[-1]
     if reference.at == "best":
-        if (found := best((row for row in live if _stands(row, run)), best_by)) is None:
+        if (found := best((row for row in live if stands(row, run)), best_by)) is None:
             raise UnknownReferenceError(
                 f"no checkpoint of {name!r} has a {best_by}; the best is the one with the lowest"
             )

@@ -1,0 +1,67 @@
+"""Why a checkpoint is still there: retention's reasons, found from what a store has recorded. Values in, values out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from onthefly.checkpoints import retention
+from onthefly.config import SessionConfig
+from onthefly.runs.references import in_order, stands
+
+if TYPE_CHECKING:
+    from onthefly.store.queries import CheckpointRow, RunRow, SessionRow
+
+
+def kept_because(
+    checkpoints: Iterable[CheckpointRow], runs: Sequence[RunRow], sessions: Sequence[SessionRow]
+) -> dict[int, tuple[str, ...]]:
+    """For the id of every live checkpoint, retention's words for why it stays; without a word, it may go.
+
+    Each run is judged by the settings of its newest session, and by those that are usual when it never had one.
+    """
+    lineage = Lineage(runs)
+    live = [row for row in checkpoints if row.evicted is None]
+    configs = {session.run: session.config for session in sorted(sessions, key=lambda session: session.id)}
+    found: dict[int, tuple[str, ...]] = {}
+    for run in runs:
+        config = configs.get(run.name, {})
+        best_by = config.get("best_metric", SessionConfig.best_metric)
+        candidates = [
+            retention.Candidate(
+                id=row.id,
+                step=row.step,
+                order=number,
+                reason=row.reason,
+                metric=row.metrics.get(best_by) if stands(row, run) else None,
+                pinned=row.pinned,
+                needed=lineage.needs(row),
+            )
+            for number, row in enumerate(in_order(row for row in live if row.run == run.name))
+        ]
+        keep = config.get("ckpt_keep", SessionConfig.ckpt_keep)
+        told = retention.reasons(candidates, keep, config.get("ckpt_keep_every"))
+        found.update({candidate.id: words for candidate, words in told})
+    return found
+
+
+class Lineage:
+    """What the runs of a store stand on: their parents' checkpoints, and those that their generations began from."""
+
+    def __init__(self, runs: Iterable[RunRow]) -> None:
+        self._by_hash: dict[str, str] = {}
+        self._by_path: dict[str, str] = {}
+        for run in runs:
+            for _, content in run.parents:
+                self._by_hash.setdefault(content, run.name)
+            if run.base is not None:
+                self._by_hash.setdefault(run.base["hash"], run.name)
+                self._by_path.setdefault(run.base["path"], run.name)
+
+    def needs(self, row: CheckpointRow) -> bool:
+        """Whether a run stands on this checkpoint."""
+        return self.run_on(row) is not None
+
+    def run_on(self, row: CheckpointRow) -> str | None:
+        """A run that stands on this checkpoint."""
+        return self._by_hash.get(row.hash) or self._by_path.get(str(row.path))
