@@ -88,9 +88,9 @@ def test_a_checkpoint_that_is_to_stay_is_not_overwritten_by_another_of_its_step(
     with start() as session:
         batches = iter(session)
         next(batches)
-        pinned = session.save("manual", pin=True)
+        pinned = session.save("manual", pin=True).result()
         session.set({"lr": 0.05})
-        other = session.save("manual")
+        other = session.save("manual").result()
         assert other.path != pinned.path
         assert other.hash != pinned.hash
     with client() as c:

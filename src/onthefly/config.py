@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 PathLike = str | os.PathLike[str]
 
@@ -25,12 +26,22 @@ class SessionConfig:
     """Folder for checkpoints. Default: `checkpoints` in the store."""
     ckpt_keep: int = 3
     """How many of the newest checkpoints are kept, besides the origin, the best, and the pinned ones."""
+    ckpt_keep_every: int | None = None
+    """Keep, besides, every checkpoint whose step is a multiple of this."""
     ckpt_every_steps: int | None = None
     """Save each time this many steps were done."""
     ckpt_every_minutes: float | None = 5.0
     """Save at the first step boundary after this many minutes without a save."""
     ckpt_every_epoch: bool = True
     """Save at the end of each epoch, after the code that follows the epoch's last batch."""
+    ckpt_staging: Literal["auto", "overlap", "boundary"] = "auto"
+    """When a state is copied before it is written: `boundary`, all of it between two steps; `overlap`, what only
+    `optimizer.step()` changes while the next forward and backward run. `auto` overlaps on CUDA, and on the CPU when torch
+    leaves a core free. A script that writes to parameters by `.data` or NumPy before that step wants `boundary`."""
+    ckpt_slots: int = 1
+    """States that may be on their way to the disk at once; each takes as much memory as the state."""
+    ckpt_when_busy: Literal["wait", "skip"] = "wait"
+    """What a save that is due by steps or minutes does while all slots are in use; either way it is an event."""
     best_metric: str = "val_loss"
     """The logged number whose lowest value marks the best checkpoint. It must be logged in the step that is saved."""
     max_epochs: int | None = None
@@ -45,7 +56,14 @@ class SessionConfig:
     """Finish the step, save and leave on SIGINT and SIGTERM (only in the main thread)."""
 
     def __post_init__(self) -> None:
-        for name in ("ckpt_keep", "ckpt_every_steps", "ckpt_every_minutes", "max_epochs", "max_steps", "grad_clip"):
+        positive = ("ckpt_keep", "ckpt_keep_every", "ckpt_every_steps", "ckpt_every_minutes", "ckpt_slots")
+        for name in (*positive, "max_epochs", "max_steps", "grad_clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"SessionConfig.{name} must be positive, not {value!r}")
+        if self.ckpt_when_busy not in ("wait", "skip"):
+            raise ValueError(f"SessionConfig.ckpt_when_busy is 'wait' or 'skip', not {self.ckpt_when_busy!r}")
+        if self.ckpt_staging not in ("auto", "overlap", "boundary"):
+            raise ValueError(
+                f"SessionConfig.ckpt_staging is 'auto', 'overlap' or 'boundary', not {self.ckpt_staging!r}"
+            )

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,14 +30,14 @@ from torch import nn
 
 from onthefly.config import SessionConfig
 from onthefly.control import actions, commands, start
-from onthefly.control.checkpointer import Checkpointer, Kept
+from onthefly.control.checkpointer import Checkpointer
 from onthefly.control.gate import Gate, Request
 from onthefly.control.gradients import GradientWatch
 from onthefly.control.recorder import Recorder
+from onthefly.control.ring import Kept, Ring
 from onthefly.control.signals import Signals
 from onthefly.control.start import Start
 from onthefly.errors import (
-    CheckpointError,
     InexactError,
     MissingPartError,
     OnTheFlyError,
@@ -49,6 +49,7 @@ from onthefly.state.knobs import Change, Knob, Knobs
 from onthefly.state.loader import END, ExactLoader, SideLoaders
 from onthefly.state.train_state import TrainState, Value
 
+_INTERVAL = "interval"
 _PATIENCE = 16  # boundaries that a command waits for pending gradients to be used
 
 
@@ -131,7 +132,8 @@ class Session:
         self._gate = Gate()
         self._watch = GradientWatch(state.optimizers, lambda: self.step)
         self._signals = Signals(self._gate)
-        self._checkpointer = Checkpointer(state, begun.folder, self._history, self._config, begun.kept)
+        self._ring = Ring(begun.folder, self._history, self._config, begun.kept)
+        self._checkpointer = Checkpointer(state, self._ring, self._history, self._config, self._raise_gate)
         self._recorder = Recorder(begun.store, begun.session, begun.journal, self._gate, self._status, self._is_due)
         self._log = logging.getLogger("onthefly")
         self._pid = os.getpid()
@@ -154,6 +156,8 @@ class Session:
         except BaseException:
             self._abandon()
             raise
+        if begun.until is None:
+            self._checkpointer.expect()
         self._recorder.on_outage = self._report_outage
         self._recorder.start()
         if self._config.handle_signals:
@@ -323,9 +327,19 @@ class Session:
         """End the process at this boundary, once the command under way is answered."""
         self._leaving = (outcome, code)
 
-    def save(self, reason: str, *, pin: bool = False, path: Path | None = None) -> Kept:
-        """Save a checkpoint of this boundary. Raises `CheckpointWriteError` or `UnsupportedValueError`."""
-        return self._checkpointer.save(reason, gradients=self._watch.pending(), pin=pin, path=path)
+    def save(self, reason: str, *, pin: bool = False, path: Path | None = None, goes_on: bool = True) -> Future[Kept]:
+        """Save a checkpoint of this boundary; the future is done when it is durable. See `Checkpointer.save`."""
+        return self._checkpointer.save(reason, gradients=self._watch.pending(), pin=pin, path=path, goes_on=goes_on)
+
+    def pin(self, path: Path, pinned: bool) -> Kept:
+        """Pin or unpin a checkpoint of this run. Raises `InvalidCommandError` for any other."""
+        return self._checkpointer.pin(path, pinned)
+
+    def remove(self, path: Path) -> Kept:
+        """Remove a checkpoint of this run. Raises `InvalidCommandError` for any other, and for one that it stands on."""
+        self._checkpointer.settle()
+        self._checkpointer.changed()
+        return self._ring.remove(path)
 
     def load(self, path: Path, *, content: str | None = None, reason: str) -> Kept:
         """Put a checkpoint's state into the live objects; the run goes on from there as a new generation.
@@ -334,11 +348,12 @@ class Session:
         load into another epoch, or to the start of this one, ends the batches; what the body does after them leaves
         no trace; and the state is put back once more at the boundary that it belongs to.
         """
+        self._checkpointer.settle()
         value, file = self._checkpointer.read(path, content)
         knobs = self._knobs.unclaimed_of(value.get("knobs"))
         if unclaimed := [*self._state.unclaimed(value), *(f"knob {name}" for name in knobs)]:
             raise StateMismatchError(f"{path}: nobody here tracks {', '.join(unclaimed)}, which it holds")
-        self._state.restore(value)
+        self._state.restore(value, copy=file.copy)
         self._watch.forget()
         self._again.clear()
         batch = self._loader.batch if self._loader is not None else 0
@@ -351,18 +366,19 @@ class Session:
         self._history.begin_generation(self.step, self.epoch, reason, base)
         self._checkpointer.changed()
         self._checkpointer.postpone()
-        self._checkpointer.need([path])
-        self._checkpointer.leave_line(self.step)
-        if not self._checkpointer.keeps(path):  # somebody else may remove it: a generation's beginning must stay
-            self._try_save("load")
+        self._ring.need([path])
+        self._ring.leave_line(self.step)
+        if self._ring.find(path) is None:  # somebody else may remove it: a generation's beginning must stay
+            self.save("load")
         self._plan()
         return kept
 
     def reset(self) -> Kept:
         """Go back to the run's origin, and let its other checkpoints go."""
-        origin = self._checkpointer.origin()
+        self._checkpointer.settle()
+        origin = self._ring.origin()
         kept = self.load(origin.path, content=origin.hash, reason="reset")
-        self._checkpointer.clear()
+        self._ring.clear()
         return kept
 
     def set(self, values: Mapping[str, Any], *, hold: bool = False, release: bool = False) -> list[Change]:
@@ -394,7 +410,9 @@ class Session:
             if loader.batch and (gate.raised or counters["step"] >= self._attend_at):  # type: ignore[operator]
                 self._attend()
                 if self._steps_are_over():
-                    self._try_save("end")  # here, and not behind the code that follows: that code runs on a resume, too
+                    self.save(
+                        "end", goes_on=False
+                    )  # here, and not behind the code that follows: that code runs on a resume, too
                     return
                 if self._jumping or self._epochs_are_over():
                     return
@@ -439,7 +457,7 @@ class Session:
             raise InexactError(f"the loop ended before step {self._start.until.step}, which was recorded")
         self._done = True
         if save:
-            self._try_save("end")
+            self.save("end", goes_on=False)
         self._signals.close()
 
     # -- at a boundary -----------------------------------------------------------------------------------------
@@ -455,8 +473,9 @@ class Session:
                     "call session.track or session.knob before the loop, as the run did when it was saved"
                 )
         elif self._start.until is None:
-            with suppress(CheckpointError):  # recorded and logged; training does not die of a full disk
-                self._checkpointer.save("origin")
+            origin = self._checkpointer.save("origin")
+            if origin.done() and isinstance(refused := origin.exception(), StateError):
+                raise refused  # it would be so at every save
         self.record("sessionStarted", session=self._start.session, resumed=self._start.resumed)
 
     def _attend(self, save: str | None = None) -> None:
@@ -469,6 +488,7 @@ class Session:
             self._state.restore(value)
             self._watch.forget()
         self._gate.raised = False
+        self._checkpointer.save_again(gradients=self._watch.pending())
         self._due_save = save or self._due_save
         self._repeat_commands()
         if self._start.until is not None and self._start.until.reached(self.step, self.epoch):
@@ -477,7 +497,10 @@ class Session:
         ready = self._ready()
         if ready and (reason := self._due_save or self._interval()):  # before a command makes another state of it
             self._due_save = None
-            self._try_save(reason)
+            if reason == _INTERVAL:
+                self._checkpointer.save_interval(gradients=self._watch.pending())
+            else:
+                self.save(reason)
         while (request := self._gate.take()) is not None:
             self._waiting.append(request)
         for request in list(self._waiting):
@@ -494,7 +517,7 @@ class Session:
         self._plan()
 
     def _interval(self) -> str | None:
-        return "interval" if self.step >= self._checkpointer.next_step or self._is_due() else None
+        return _INTERVAL if self.step >= self._checkpointer.next_step or self._is_due() else None
 
     def _is_due(self) -> bool:
         """Whether the minutes between checkpoints are over. The recorder looks; a step does not read the clock for it."""
@@ -515,7 +538,7 @@ class Session:
         """Paused: wait for one request and carry it out."""
         if self._save_when_paused:
             self._save_when_paused = False
-            self._try_save("pause")
+            self.save("pause")
         for request in [r for r in self._waiting if self._may_run(r, True)]:
             self._waiting.remove(request)
             self._perform(request)
@@ -536,10 +559,24 @@ class Session:
             message = f"{type(e).__name__}: {e}"
             self._history.result(request.id, step, epoch, error=_error(e, message, 6))
         else:
-            self._history.result(request.id, step, epoch, result=result)
+            self._answer(request.id, result, step, epoch)
         self._recorder.hurry()
         if self._leaving is not None:
             self._leave(*self._leaving)
+
+    def _answer(self, command: str, result: actions.Result | Future[Kept], step: int, epoch: int) -> None:
+        if not isinstance(result, Future):
+            self._history.result(command, step, epoch, result=result)
+            return
+
+        def answer(saved: Future[Kept]) -> None:  # on the writer's thread, once the checkpoint is durable
+            if isinstance(e := saved.exception(), OnTheFlyError):
+                self._history.result(command, step, epoch, error=_error(e, str(e), e.exit_code))
+            else:
+                self._history.result(command, step, epoch, result=actions.told(saved.result()))
+            self._recorder.hurry()
+
+        result.add_done_callback(answer)
 
     def _repeat_commands(self) -> None:
         """Apply the commands that an earlier process was given at this very boundary."""
@@ -550,7 +587,7 @@ class Session:
 
     def _obey_signal(self, number: int) -> None:
         interrupted = number == signal.SIGINT
-        self._try_save("stop")
+        self.save("stop", goes_on=False)
         self._leave("interrupted" if interrupted else "terminated", 128 + number)
 
     def _plan(self) -> None:
@@ -563,24 +600,19 @@ class Session:
             steps.append(self._config.max_steps)
         self._attend_at = min(steps)
 
-    def _try_save(self, reason: str) -> None:
-        # An event and a log line tell of a failure; training goes on, and the next save may succeed.
-        with suppress(CheckpointError, StateError):
-            self.save(reason)
-
     # -- beginning and end -------------------------------------------------------------------------------------
 
     def _restore(self) -> None:
         if self._start.base is None:
             return
         base = self._start.base
-        value, _ = self._checkpointer.read(base.path, base.hash)
-        self._state.restore(value, self._state.names, random_state=False)
+        value, file = self._checkpointer.read(base.path, base.hash)
+        self._state.restore(value, self._state.names, random_state=False, copy=file.copy)
         self._counters.update(value["counters"])
         self._entering = value
-        self._checkpointer.adopt(base.path)
+        self._checkpointer.adopt(self._ring.find(base.path))
         if self._start.needed is not None:
-            self._checkpointer.need([self._start.needed])
+            self._ring.need([self._start.needed])
 
     def _leave(self, outcome: str, code: int) -> None:
         self._close(failed=False, outcome=outcome)
@@ -598,6 +630,7 @@ class Session:
             self._refuse(request)
         while (late := self._gate.take()) is not None:
             self._refuse(late)
+        self._checkpointer.close()
         self.record("finalizeRun" if finished else "sessionEnded", outcome=outcome)
         self._history.run_status("finished" if finished else "unfinished")
         self._history.session_ended(outcome)
@@ -610,6 +643,7 @@ class Session:
 
     def _abandon(self) -> None:
         self._closed = True
+        self._checkpointer.close()
         self._watch.close()
         self._knobs.close()
         self._start.close()
@@ -618,9 +652,9 @@ class Session:
         """The loop was left by `break`. That is a boundary if the last batch was trained on to the end."""
         if self._loader is not None and self._loader.exhausted:
             self._end_epoch()
-            self._try_save("end")
+            self.save("end", goes_on=False)
         elif self._watch.stepped():
-            self._try_save("end")
+            self.save("end", goes_on=False)
 
     def _close_at_exit(self) -> None:
         """Nobody closed it. Whether a loop that did not come to its end was left on purpose, only `close` could say."""
@@ -633,6 +667,9 @@ class Session:
         message = f"the session ended before it could {request.command.kind}"
         error = {"type": "NoLiveSessionError", "message": message, "exit_code": 6}
         self._history.result(request.id, self.step, self.epoch, error=error)
+
+    def _raise_gate(self) -> None:
+        self._gate.raised = True
 
     def _report_outage(self, seconds: float, lost: int) -> None:
         """Called on the recorder's thread when the store can be used again."""

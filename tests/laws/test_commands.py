@@ -31,6 +31,8 @@ def test_each_command_is_tested_here():
         "resume",
         "stop",
         "saveCheckpoint",
+        "pinCheckpoint",
+        "removeCheckpoint",
         "loadCheckpoint",
         "resetSession",
         "testRun",

@@ -136,7 +136,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(trainings
     training = trainings.start(stops=(3, 8), config={"ckpt_every_steps": 2})
     given = training.at(3).deliver("set", values={"lr": 0.02})
     training.go().done(given)
-    training.at(8).kill()
+    training.at(8)
+    until(lambda: any(row.step == 6 for row in training.client.checkpoints("baseline")), "the checkpoint of step 6")
+    training.kill()
     with trainings.opened() as store:
         store.recover(time.time())
         *_, before, newest = queries.checkpoints(store, "baseline")

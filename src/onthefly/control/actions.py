@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,14 +25,14 @@ from onthefly.state.loader import one_pass
 from onthefly.state.train_state import unwrapped
 
 if TYPE_CHECKING:
-    from onthefly.control.checkpointer import Kept
+    from onthefly.control.ring import Kept
     from onthefly.session import Session
 
 Result = dict[str, Any]
 
 
-def perform(session: Session, command: Command) -> Result:
-    """Carry out a command."""
+def perform(session: Session, command: Command) -> Result | Future[Kept]:
+    """Carry out a command. A checkpoint that is still on its way is the answer once it is durable."""
     return _ACTIONS[type(command)](session, command)
 
 
@@ -47,18 +48,27 @@ def resume(session: Session, command: commands.Resume) -> Result:
 
 
 def stop(session: Session, command: commands.Stop) -> Result:
-    saved = _saved(session.save("stop")) if command.save else {}
+    saved = told(session.save("stop", goes_on=False).result()) if command.save else {}
     session.leave("stopped", 0)
     return {"stopped": True, **saved}
 
 
-def save(session: Session, command: commands.SaveCheckpoint) -> Result:
-    path = None if command.path is None else Path(command.path).expanduser().absolute()
-    return _saved(session.save("manual", pin=command.pin, path=path))
+def save(session: Session, command: commands.SaveCheckpoint) -> Future[Kept]:
+    path = None if command.path is None else _path(command.path)
+    return session.save("manual", pin=command.pin, path=path)
+
+
+def pin(session: Session, command: commands.PinCheckpoint) -> Result:
+    kept = session.pin(_path(command.path), command.pinned)
+    return {**told(kept), "pinned": kept.pinned}
+
+
+def remove(session: Session, command: commands.RemoveCheckpoint) -> Result:
+    return told(session.remove(_path(command.path)))
 
 
 def load(session: Session, command: commands.LoadCheckpoint) -> Result:
-    kept = session.load(Path(command.path).expanduser().absolute(), content=command.hash, reason="load")
+    kept = session.load(_path(command.path), content=command.hash, reason="load")
     return {"loaded": str(kept.path), "hash": kept.hash, "step": kept.step, "epoch": kept.epoch}
 
 
@@ -80,20 +90,23 @@ def test(session: Session, command: commands.TestRun) -> Result:
     if session.inputs.loss_fn is None:
         raise MissingPartError("attach was given no loss_fn, so a test has nothing to compute")
     model = session.model()
-    saved = _saved(session.save("test")) if command.save else {}
+    saving = session.save("test", goes_on=False) if command.save else None  # it is written while the model is tested
     began = time.perf_counter()
     with undisturbed(model, loader):
         numbers = evaluate(model, one_pass(loader), session.inputs.loss_fn)
-    result = {"data": command.data, **numbers, "seconds": time.perf_counter() - began, **saved}
+    seconds = time.perf_counter() - began
+    result = {"data": command.data, **numbers, "seconds": seconds, **(told(saving.result()) if saving else {})}
     session.record("tested", **result)
     return result
 
 
-_ACTIONS: Mapping[type[Command], Callable[[Any, Any], Result]] = {
+_ACTIONS: Mapping[type[Command], Callable[[Any, Any], Result | Future[Kept]]] = {
     commands.Pause: pause,
     commands.Resume: resume,
     commands.Stop: stop,
     commands.SaveCheckpoint: save,
+    commands.PinCheckpoint: pin,
+    commands.RemoveCheckpoint: remove,
     commands.LoadCheckpoint: load,
     commands.ResetSession: reset,
     commands.SetValue: set_value,
@@ -182,5 +195,10 @@ def undisturbed(model: nn.Module, loader: Any = None) -> Iterator[None]:
                 rng.set_generator_state(generator, states[path])
 
 
-def _saved(kept: Kept) -> Result:
+def _path(text: str) -> Path:
+    return Path(text).expanduser().absolute()
+
+
+def told(kept: Kept) -> Result:
+    """A checkpoint, as an answer."""
     return {"path": str(kept.path), "hash": kept.hash, "size": kept.size, "step": kept.step, "epoch": kept.epoch}

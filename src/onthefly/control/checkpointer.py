@@ -1,64 +1,97 @@
-"""Checkpoints of a live run: when one is due, where it goes, and which ones stay."""
+"""Checkpoints of a live run: when one is due, what a step waits for, and what becomes of it behind the training."""
 
 from __future__ import annotations
 
-import itertools
 import logging
+import os
+import threading
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onthefly.checkpoints import format, retention, sidecar
+import torch
+
+from onthefly.checkpoints import format, sidecar
+from onthefly.checkpoints.staging import Staged, Staging
+from onthefly.checkpoints.writer import Worker
 from onthefly.config import SessionConfig
 from onthefly.control.history import History
+from onthefly.control.ring import Kept, Ring
 from onthefly.errors import (
     CheckpointError,
-    CheckpointNotFoundError,
+    CheckpointWriteError,
     CorruptCheckpointError,
     StateError,
     StateMismatchError,
 )
-from onthefly.state.train_state import TrainState, Value
+from onthefly.state.parts import all_parameters
+from onthefly.state.train_state import Number, TrainState, Value
 from onthefly.state.tree import flatten, unflatten
 
+_WORTH_OVERLAPPING = 32 * 2**20
+"""Bytes; below that a copy takes a few milliseconds, and a thread to share them with costs as much."""
+_WORTH_TELLING = 0.05
+"""Seconds that a save waited for the one before it."""
 
-@dataclass(frozen=True)
-class Kept:
-    """A checkpoint of this run that is on disk."""
+Place = tuple[int, int]
 
-    path: Path
-    hash: str
-    size: int
+
+@dataclass
+class _Save:
+    """A save that was asked for, as it was at its boundary."""
+
+    future: Future[Kept]
+    reason: str
+    pin: bool
+    path: Path | None
+    run: str
     generation: int
     step: int
     epoch: int
-    reason: str
-    pinned: bool
+    captured: int
     metric: float | None
+    counters: Mapping[str, Number]
 
 
 class Checkpointer:
-    """Saves the train state at a boundary, records it once it is durable, and evicts what retention lets go.
+    """Takes the train state at a boundary, and has it written, recorded and retained by a thread of its own.
 
-    Owns the list of the run's checkpoints on disk. A failed save leaves every older checkpoint where it is.
+    `save` returns as soon as training may go on; the future that it gives is done when the checkpoint is durable and
+    recorded. A failed save leaves every older checkpoint where it is.
     """
 
     def __init__(
-        self, state: TrainState, folder: Path, history: History, config: SessionConfig, kept: Iterable[Kept] = ()
+        self, state: TrainState, ring: Ring, history: History, config: SessionConfig, on_torn: Callable[[], None]
     ) -> None:
         self._state = state
-        self._folder = folder
+        self._ring = ring
         self._history = history
         self._config = config
-        self._kept: list[Kept] = list(kept)
-        self._latest: Kept | None = None  # made by this process, of a state that nothing has changed since
-        self._needed: set[str] = set()
+        self._on_torn = on_torn  # called on the writer's thread: a save must be taken again at the next boundary
+        self._writer = Worker("onthefly-writer")
+        self._copier = Worker("onthefly-copier")
+        self._staging = Staging(config.ckpt_slots, self._copier, self._refused)
+        self._latest: tuple[Place, Future[Kept]] | None = None  # of a state that nothing has changed since
+        self._staged: list[Staged] = []  # what the next step waits for
+        self._torn: list[_Save] = []
+        self._at_boundary: set[str] = set()  # tensors that changed when they should not have
+        self._told = False
+        self._lock = threading.Lock()
         self.next_step = float("inf")
         self.next_time = float("inf")
         self._log = logging.getLogger("onthefly")
+        self._handles: list[Any] = []
+        for optimizer in state.optimizers.values():
+            self._handles.append(optimizer.register_step_pre_hook(lambda o, a, k: self._before_step()))
+            self._handles.append(optimizer.register_step_post_hook(lambda o, a, k: self._first_step()))
         self.postpone()
+
+    def expect(self) -> None:
+        """There will be saves: have memory ready for them, in the background."""
+        self._staging.expect(self._state.nbytes())
 
     def postpone(self) -> None:
         """Count steps and minutes to the next save from now."""
@@ -68,57 +101,72 @@ class Checkpointer:
         if config.ckpt_every_minutes:
             self.next_time = time.monotonic() + 60 * config.ckpt_every_minutes
 
-    def need(self, paths: Iterable[Path]) -> None:
-        """Say which files the lineage stands on; retention leaves them."""
-        self._needed = {str(path) for path in paths}
-
     def changed(self) -> None:
         """The live state is not what was saved last, though the step is the same."""
         self._latest = None
 
-    def save(self, reason: str, *, gradients: bool = False, pin: bool = False, path: Path | None = None) -> Kept:
-        """Save the train state of this boundary; on return it is durable and recorded.
+    def adopt(self, kept: Kept | None) -> None:
+        """The live state is that of this checkpoint of the run's own."""
+        future: Future[Kept] = Future()
+        if kept is not None:
+            future.set_result(kept)
+        self._latest = None if kept is None else (self._place(), future)
+        self.postpone()
 
-        A state that is already saved is not written again. Raises `CheckpointWriteError` or `UnsupportedValueError`,
-        after recording a `checkpointFailed` event; nothing is lost by it but the new checkpoint.
+    def save(
+        self, reason: str, *, gradients: bool = False, pin: bool = False, path: Path | None = None, goes_on: bool = True
+    ) -> Future[Kept]:
+        """Take the train state of this boundary, and have it saved.
+
+        The future raises `CheckpointWriteError` or `UnsupportedValueError`, after a `checkpointFailed` event was recorded;
+        nothing is lost by it but the new checkpoint. A state that is already saved, or about to be, is not saved again.
+        While every staging slot is in use this waits. With `goes_on` false the caller waits for the future, and nothing of
+        the copy is left to the next step.
         """
         self.postpone()
-        step, epoch = self._coordinate()
-        latest = self._latest
-        if (
-            latest is not None
-            and path is None
-            and (latest.step, latest.epoch) == (step, epoch)
-            and latest.path.exists()
-        ):
-            if pin and not latest.pinned:
-                latest = replace(latest, pinned=True)
-                self._record(latest, self._history.seq)
-                self._keep(latest)
+        if path is None and (latest := self._already(pin, goes_on)) is not None:
             return latest
-        captured = self._history.seq
-        try:
-            written, target = self._write(reason, gradients, path)
-        except (CheckpointError, StateError) as e:
-            self._history.event("checkpointFailed", step, epoch, reason=reason, error=type(e).__name__, message=str(e))
-            self._log.error("checkpoint at step %d was not saved: %s", step, e)
-            raise
-        kept = Kept(
-            path=target,
-            hash=written.hash,
-            size=written.size,
-            generation=self._history.generation,
-            step=step,
-            epoch=epoch,
-            reason=reason,
-            pinned=pin or path is not None,
-            metric=self._metric(step),
-        )
-        self._record(kept, captured)
+        save = self._asked(Future(), reason, pin, path)
         if path is None:
-            self._latest = kept
-            self._keep(kept)
-        return kept
+            self._latest = (self._place(), save.future)
+        self._take(save, gradients, goes_on)
+        return save.future
+
+    def save_interval(self, *, gradients: bool) -> None:
+        """Save because it is time; if the config says so, pass it over while the one before is still being written."""
+        if self._config.ckpt_when_busy == "skip" and self._staging.busy:
+            self.postpone()
+            step, epoch = self._place()
+            self._history.event("checkpointSkipped", step, epoch, reason="interval")
+        else:
+            self.save("interval", gradients=gradients)
+
+    def save_again(self, *, gradients: bool) -> None:
+        """At a boundary: take again what changed while it was being copied."""
+        with self._lock:
+            torn, self._torn = self._torn, []
+        for old in torn:
+            save = self._asked(old.future, old.reason, old.pin, old.path)
+            if save.path is None:
+                self._latest = (self._place(), save.future)
+            self._take(save, gradients, True)
+
+    def settle(self) -> None:
+        """Wait until everything that was asked for is saved, or has failed."""
+        self._writer.drain()
+        with self._lock:
+            torn, self._torn = self._torn, []
+        for save in torn:
+            names = ", ".join(sorted(self._at_boundary)[:3])
+            message = f"it changed while it was being copied ({names}), and there is no later boundary to take it at"
+            self._fail(save, CheckpointWriteError(message))
+
+    def close(self) -> None:
+        """Finish what was asked for, and take the hooks away."""
+        self.settle()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def read(self, path: Path, content: str | None = None) -> tuple[Value, format.CheckpointFile]:
         """The whole value of a checkpoint, after checking every byte.
@@ -135,35 +183,16 @@ class Checkpointer:
             raise StateMismatchError(f"{path}: it was not saved by a session: it does not tell its step and epoch")
         return value, file
 
-    def origin(self) -> Kept:
-        """The checkpoint that the run began with. Raises `CheckpointNotFoundError` when it could not be saved."""
-        for kept in self._kept:
-            if kept.reason == retention.ORIGIN:
-                return kept
-        raise CheckpointNotFoundError("this run has no origin checkpoint: it could not be saved when the run began")
+    def pin(self, path: Path, pinned: bool) -> Kept:
+        """Pin or unpin a checkpoint. Raises `InvalidCommandError` for one that is not of this run."""
+        self.settle()
+        kept = self._ring.pin(path, pinned)
+        self._record(kept, self._history.seq)
+        return kept
 
-    def clear(self) -> None:
-        """Evict what the run saved so far, but for its origin and what is pinned or needed."""
-        for kept in list(self._kept):
-            if kept.reason != retention.ORIGIN and not kept.pinned and str(kept.path) not in self._needed:
-                self._remove(kept, "reset")
+    # -- on the training thread --------------------------------------------------------------------------------
 
-    def keeps(self, path: Path) -> bool:
-        """Whether this is a checkpoint of the run's own."""
-        return any(kept.path == path for kept in self._kept)
-
-    def adopt(self, path: Path) -> None:
-        """The live state is that of this checkpoint."""
-        self._latest = next((kept for kept in self._kept if kept.path == path), None)
-        self.postpone()
-
-    def leave_line(self, step: int) -> None:
-        """The run went back to this step: none of the checkpoints behind it is its best any more."""
-        self._kept = [replace(kept, metric=None) if kept.step > step else kept for kept in self._kept]
-
-    # -- inside ------------------------------------------------------------------------------------------------
-
-    def _coordinate(self) -> tuple[int, int]:
+    def _place(self) -> Place:
         counters = self._state.counters
         return int(counters["step"] or 0), int(counters["epoch"] or 0)
 
@@ -173,35 +202,176 @@ class Checkpointer:
         value = counters.get(name)
         return float(value) if value is not None and counters.get(f"{name}_step") == step else None
 
-    def _write(self, reason: str, gradients: bool, path: Path | None) -> tuple[format.Written, Path]:
-        step, epoch = self._coordinate()
-        generation = self._history.generation
-        target = path or self._free_path(step, generation)
-        tree, tensors = flatten(self._state.capture(gradients=gradients))
-        written = format.write(target, tree, tensors)
-        about: Mapping[str, Any] = {
-            "run": self._history.run,
-            "generation": generation,
-            "step": step,
-            "epoch": epoch,
-            "reason": reason,
-        }
-        sidecar.describe(target, written.hash, written.size, self._state.counters, **about)
-        return written, target
+    def _already(self, pin: bool, goes_on: bool) -> Future[Kept] | None:
+        """The save of this very state."""
+        if self._latest is None or self._latest[0] != self._place():
+            return None
+        future = self._latest[1]
+        if pin or not goes_on:
+            self.settle()  # somebody is going to wait for it, here: it must not be one that a later boundary takes again
+        if future.done() and (future.exception() is not None or not future.result().path.exists()):
+            return None
+        if pin and not future.result().pinned:
+            self.adopt(self.pin(future.result().path, True))
+            return self._latest[1]
+        return future
 
-    def _free_path(self, step: int, generation: int) -> Path:
-        """Where this state goes. One that is to stay is not overwritten by another of the same step."""
-        staying = {
-            k.path for k in self._kept if k.pinned or k.reason == retention.ORIGIN or str(k.path) in self._needed
+    def _asked(self, future: Future[Kept], reason: str, pin: bool, path: Path | None) -> _Save:
+        step, epoch = self._place()
+        return _Save(
+            future=future,
+            reason=reason,
+            pin=pin or path is not None,
+            path=path,
+            run=self._history.run,
+            generation=self._history.generation,
+            step=step,
+            epoch=epoch,
+            captured=self._history.seq,
+            metric=self._metric(step),
+            counters=dict(self._state.counters),
+        )
+
+    def _take(self, save: _Save, gradients: bool, goes_on: bool) -> None:
+        try:
+            tree, tensors = flatten(self._state.capture(gradients=gradients))
+            layout = format.Layout(tree, tensors)
+        except StateError as e:
+            self._fail(save, e)
+            return
+        began = time.monotonic()
+        waits = self._staging.busy
+        try:
+            slot = self._staging.take(layout.data_size)
+        except MemoryError as e:
+            self._refused(f"{e}; checkpoints are written while training waits")
+            self._settled(save, lambda path: format.write(path, tree, tensors))
+            return
+        if waits and (seconds := time.monotonic() - began) >= _WORTH_TELLING:
+            self._history.event(
+                "checkpointWaited", save.step, save.epoch, reason=save.reason, seconds=round(seconds, 3)
+            )
+        late = self._late(layout) if goes_on else set()
+        staged = Staged(slot, layout, late, self._copier)
+        if late:
+            self._staged.append(staged)
+        self._writer.submit(lambda: self._write(save, staged))
+
+    def _late(self, layout: format.Layout) -> set[int]:
+        """The tensors, by their number in the layout, whose copy may wait: only an optimizer's step changes them."""
+        if self._config.ckpt_staging == "boundary":
+            return set()
+        owned = {
+            tensor.data_ptr(): tensor.nbytes
+            for optimizer in self._state.optimizers.values()
+            for tensor in _owned(optimizer)
+            if tensor.is_cpu or tensor.is_cuda
         }
-        for variant in itertools.count():
-            path = self._folder / sidecar.name_for(self._history.run, step, generation, variant)
-            if path not in staying:
-                return path
-        raise AssertionError("counting has come to an end")
+        found = {
+            number
+            for number, (entry, tensor) in enumerate(zip(layout.entries, layout.tensors, strict=True))
+            if tensor.nbytes and owned.get(tensor.data_ptr()) == tensor.nbytes and entry.name not in self._at_boundary
+        }
+        if self._config.ckpt_staging == "auto" and not _gains(layout.tensors[number] for number in found):
+            return set()
+        return found
+
+    def _before_step(self) -> None:
+        while self._staged:
+            self._staged.pop().before_step()
+
+    def _first_step(self) -> None:
+        """An optimizer has made its state: there will be more to stage than there was at the start."""
+        if not self._told:
+            self._told = True
+            self.expect()
+
+    def _refused(self, reason: str) -> None:
+        step, epoch = self._place()
+        self._history.event("stagingRefused", step, epoch, reason=reason)
+        self._log.warning("%s", reason)
+
+    # -- on the writer's thread --------------------------------------------------------------------------------
+
+    def _write(self, save: _Save, staged: Staged) -> None:
+        staged.wait()
+        if staged.torn:
+            self._staging.give(staged.slot)
+            self._tear(save, staged.torn)
+            return
+        try:
+            self._settled(
+                save,
+                lambda path: format.write_image(path, staged.layout, staged.slot.image(), self._writer.handles),
+                staged.layout.data_size,
+            )
+        finally:
+            self._staging.give(staged.slot)
+
+    def _settled(self, save: _Save, write: Callable[[Path], format.Written], size: int = 0) -> None:
+        """Write, record, retain; in the end the future is done, whatever happens."""
+        try:
+            if save.path is None:
+                self._ring.make_room(size, save.reason)
+            path = save.path or self._ring.free_path(save.step, save.generation)
+            written = write(path)
+            sidecar.describe(
+                path,
+                written.hash,
+                written.size,
+                save.counters,
+                run=save.run,
+                generation=save.generation,
+                step=save.step,
+                epoch=save.epoch,
+                reason=save.reason,
+            )
+            kept = Kept(
+                path=path,
+                hash=written.hash,
+                size=written.size,
+                generation=save.generation,
+                step=save.step,
+                epoch=save.epoch,
+                reason=save.reason,
+                pinned=save.pin,
+                metric=save.metric,
+            )
+            self._record(kept, save.captured)
+            if save.path is None:
+                self._ring.add(kept)
+        except (CheckpointError, StateError) as e:
+            self._fail(save, e)
+        except BaseException as e:  # noqa: BLE001  the thread lives on, and whoever waits is told
+            self._log.exception("a checkpoint could not be saved")
+            self._fail(save, CheckpointWriteError(f"{type(e).__name__}: {e}"))
+        else:
+            save.future.set_result(kept)
+
+    def _tear(self, save: _Save, names: list[str]) -> None:
+        self._at_boundary.update(names)
+        self._history.event(
+            "checkpointTorn", save.step, save.epoch, reason=save.reason, tensors=names[:3], count=len(names)
+        )
+        self._log.warning(
+            "the state of step %d changed before optimizer.step() while it was being copied (%s); it is taken again, and "
+            "these are copied at the boundary from now on",
+            save.step,
+            ", ".join(names[:3]),
+        )
+        with self._lock:
+            self._torn.append(save)
+        self._on_torn()
+
+    def _fail(self, save: _Save, e: CheckpointError | StateError) -> None:
+        about = {"reason": save.reason, "error": type(e).__name__, "message": str(e)}
+        self._history.event("checkpointFailed", save.step, save.epoch, **about)
+        self._log.error("checkpoint at step %d was not saved: %s", save.step, e)
+        save.future.set_exception(e)
 
     def _record(self, kept: Kept, captured: int) -> None:
         self._history.checkpoint(
+            generation=kept.generation,
             step=kept.step,
             epoch=kept.epoch,
             path=str(kept.path),
@@ -213,30 +383,25 @@ class Checkpointer:
             metrics={} if kept.metric is None else {self._config.best_metric: kept.metric},
         )
 
-    def _keep(self, kept: Kept) -> None:
-        self._kept = [k for k in self._kept if k.path != kept.path] + [kept]
-        candidates = [
-            retention.Candidate(
-                id=str(kept.path),
-                step=kept.step,
-                order=order,
-                reason=kept.reason,
-                metric=kept.metric,
-                pinned=kept.pinned,
-                needed=str(kept.path) in self._needed,
-            )
-            for order, kept in enumerate(self._kept)
-        ]
-        going = {candidate.id for candidate in retention.evict(candidates, self._config.ckpt_keep)}
-        for kept in [k for k in self._kept if str(k.path) in going]:
-            self._remove(kept, "retention")
 
-    def _remove(self, kept: Kept, reason: str) -> None:
-        # Written down first: a row without a file would be a promise, a file without a row is only litter.
-        self._history.evicted(str(kept.path), kept.hash, reason)
-        self._kept.remove(kept)
-        try:
-            kept.path.unlink(missing_ok=True)
-            sidecar.path_of(kept.path).unlink(missing_ok=True)
-        except OSError as e:
-            self._log.warning("cannot remove the evicted checkpoint %s: %s", kept.path, e)
+def _owned(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """What only the optimizer's step changes."""
+    yield from all_parameters(optimizer)
+    for entry in optimizer.state.values():
+        yield from (value for value in entry.values() if isinstance(value, torch.Tensor))
+
+
+def _gains(late: Iterator[torch.Tensor]) -> bool:
+    """Whether copying these beside the training is faster than before it: a core must be free for it, or a copy engine."""
+    nbytes = 0
+    for tensor in late:
+        if tensor.is_cuda:
+            return True
+        nbytes += tensor.nbytes
+    return nbytes >= _WORTH_OVERLAPPING and torch.get_num_threads() < _cores()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -89,7 +89,7 @@ class History:
 
     def checkpoint(self, **data: Any) -> None:
         """Record a checkpoint that is durable."""
-        self._journal.fact("checkpoint", {"run": self.run, "generation": self.generation, "time": time.time(), **data})
+        self._journal.fact("checkpoint", {"run": self.run, "time": time.time(), **data})
 
     def evicted(self, path: str, content: str, reason: str) -> None:
         """Record that a checkpoint is about to be removed."""

@@ -23,8 +23,8 @@ from onthefly.checkpoints import format
 from onthefly.checkpoints.durable import remove_stray
 from onthefly.config import SessionConfig
 from onthefly.control import commands
-from onthefly.control.checkpointer import Kept
 from onthefly.control.history import History
+from onthefly.control.ring import Kept
 from onthefly.errors import CheckpointError, InexactError, InvalidCommandError, ResumeError
 from onthefly.runs import launch
 from onthefly.state.train_state import TrainState

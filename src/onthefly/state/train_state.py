@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from onthefly.errors import CorruptCheckpointError, StateMismatchError, UnsupportedValueError
 from onthefly.state import rng
@@ -91,6 +92,14 @@ class TrainState:
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {name: value for name, value in self._objects.items() if isinstance(value, torch.optim.Optimizer)}
+
+    def nbytes(self) -> int:
+        """About how many bytes of tensors `capture` would give, without capturing anything."""
+        tensors = {id(t): t for module in self.modules.values() for t in (*module.parameters(), *module.buffers())}
+        for optimizer in self.optimizers.values():
+            for entry in optimizer.state.values():
+                tensors.update({id(t): t for t in entry.values() if isinstance(t, torch.Tensor)})
+        return sum(tensor.nbytes for tensor in tensors.values() if not is_lazy(tensor))
 
     def capture(self, *, gradients: bool = False) -> Value:
         """The whole state as one nested value, whose tensors are views of the live ones.

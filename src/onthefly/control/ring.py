@@ -1,0 +1,156 @@
+"""The checkpoints of a run that are on disk: their names, which of them stay, and which is the best."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from onthefly.checkpoints import retention, sidecar
+from onthefly.config import SessionConfig
+from onthefly.control.history import History
+from onthefly.errors import CheckpointNotFoundError, InvalidCommandError
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint of this run that is on disk."""
+
+    path: Path
+    hash: str
+    size: int
+    generation: int
+    step: int
+    epoch: int
+    reason: str
+    pinned: bool
+    metric: float | None
+
+
+class Ring:
+    """Owns the list of a run's checkpoints. The training thread and the writer's thread share it."""
+
+    def __init__(self, folder: Path, history: History, config: SessionConfig, kept: Iterable[Kept] = ()) -> None:
+        self._folder = folder
+        self._history = history
+        self._config = config
+        self._kept: list[Kept] = list(kept)
+        self._needed: set[str] = set()
+        self._lock = threading.RLock()
+        self._log = logging.getLogger("onthefly")
+
+    def need(self, paths: Iterable[Path]) -> None:
+        """Say which files the lineage stands on; retention leaves them."""
+        with self._lock:
+            self._needed = {str(path) for path in paths}
+
+    def origin(self) -> Kept:
+        """The checkpoint that the run began with. Raises `CheckpointNotFoundError` when it could not be saved."""
+        with self._lock:
+            for kept in self._kept:
+                if kept.reason == retention.ORIGIN:
+                    return kept
+        raise CheckpointNotFoundError("this run has no origin checkpoint: it could not be saved when the run began")
+
+    def find(self, path: Path) -> Kept | None:
+        """The checkpoint of the run's own that is at this path."""
+        with self._lock:
+            return next((kept for kept in self._kept if kept.path == path), None)
+
+    def free_path(self, step: int, generation: int) -> Path:
+        """Where a state goes. No file is ever overwritten: until the new one is there, its name may be all that is left."""
+        for variant in itertools.count():
+            path = self._folder / sidecar.name_for(self._history.run, step, generation, variant)
+            if not path.exists():
+                return path
+        raise AssertionError("counting has come to an end")
+
+    def make_room(self, size: int, reason: str) -> None:
+        """Where the disk has no room for a checkpoint of so many bytes, let go now what retention would let go after it.
+
+        The newest one stays: until the new one is durable, it is the last.
+        """
+        with self._lock:
+            incoming = Kept(Path(), "", size, 0, 0, 0, reason, False, None)
+            for kept in self._going([*self._kept, incoming]):
+                if shutil.disk_usage(self._folder).free >= size:
+                    return
+                if kept is not self._kept[-1]:
+                    self._remove(kept, "room")
+
+    def add(self, kept: Kept) -> None:
+        """A checkpoint is durable and recorded. What retention lets go, and what it stands in for, goes."""
+        with self._lock:
+            self._kept = [k for k in self._kept if k.path != kept.path]
+            place = (kept.generation, kept.step, kept.epoch)
+            for old in [k for k in self._kept if (k.generation, k.step, k.epoch) == place and self._may_go(k)]:
+                self._remove(old, "replaced")
+            self._kept.append(kept)
+            for old in self._going(self._kept):
+                self._remove(old, "retention")
+
+    def pin(self, path: Path, pinned: bool) -> Kept:
+        """Pin or unpin a checkpoint. Raises `InvalidCommandError` for one that is not of this run."""
+        with self._lock:
+            kept = replace(self._own(path), pinned=pinned)
+            self._kept = [kept if k.path == path else k for k in self._kept]
+            return kept
+
+    def remove(self, path: Path) -> Kept:
+        """Remove a checkpoint. Raises `InvalidCommandError` for one that is not of this run, or that it stands on."""
+        with self._lock:
+            kept = self._own(path)
+            if kept.reason == retention.ORIGIN or str(path) in self._needed:
+                raise InvalidCommandError(f"{path}: the run stands on this checkpoint; it cannot be removed")
+            self._remove(kept, "removed")
+            return kept
+
+    def clear(self) -> None:
+        """Evict what the run saved so far, but for its origin and what is pinned or needed."""
+        with self._lock:
+            for kept in [kept for kept in self._kept if self._may_go(kept)]:
+                self._remove(kept, "reset")
+
+    def leave_line(self, step: int) -> None:
+        """The run went back to this step: none of the checkpoints behind it is its best any more."""
+        with self._lock:
+            self._kept = [replace(kept, metric=None) if kept.step > step else kept for kept in self._kept]
+
+    def _own(self, path: Path) -> Kept:
+        kept = self.find(path)
+        if kept is None:
+            raise InvalidCommandError(f"{path}: this is no checkpoint of the run {self._history.run}")
+        return kept
+
+    def _may_go(self, kept: Kept) -> bool:
+        return kept.reason != retention.ORIGIN and not kept.pinned and str(kept.path) not in self._needed
+
+    def _going(self, kept: list[Kept]) -> list[Kept]:
+        candidates = [
+            retention.Candidate(
+                id=number,
+                step=k.step,
+                order=number,
+                reason=k.reason,
+                metric=k.metric,
+                pinned=k.pinned,
+                needed=str(k.path) in self._needed,
+            )
+            for number, k in enumerate(kept)
+        ]
+        config = self._config
+        return [kept[c.id] for c in retention.evict(candidates, config.ckpt_keep, config.ckpt_keep_every)]
+
+    def _remove(self, kept: Kept, reason: str) -> None:
+        # Written down first: a row without a file would be a promise, a file without a row is only litter.
+        self._history.evicted(str(kept.path), kept.hash, reason)
+        self._kept = [k for k in self._kept if k is not kept]
+        try:
+            kept.path.unlink(missing_ok=True)
+            sidecar.path_of(kept.path).unlink(missing_ok=True)
+        except OSError as e:
+            self._log.warning("cannot remove the evicted checkpoint %s: %s", kept.path, e)
