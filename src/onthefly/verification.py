@@ -147,14 +147,13 @@ def replay(plan: Plan, *, timeout: float | None = None) -> Verification:
 
 def differences(recorded: Path, replayed: Path) -> list[str]:
     """Which entries of two checkpoints differ, and by how much, in words. Loads torch."""
-    from onthefly.checkpoints.format import open_checkpoint
-    from onthefly.state.tree import unflatten
+    from onthefly import comparison
 
     try:
-        mine, theirs = open_checkpoint(recorded), open_checkpoint(replayed)
+        mine, theirs = comparison.value_of(recorded), comparison.value_of(replayed)
     except CheckpointError as e:
         return [f"cannot say what differs: {e}"]
-    lines = list(_compare(unflatten(mine.tree, mine.tensors), unflatten(theirs.tree, theirs.tensors), ""))
+    lines = [str(one) for one in comparison.differences(mine, theirs, ("recorded", "replayed"))]
     if not lines:
         lines = ["the values are equal; only how they are stored differs (tied tensors, or the order of names)"]
     return lines if len(lines) <= _NAMED else [*lines[:_NAMED], f"and {len(lines) - _NAMED} more"]
@@ -273,59 +272,3 @@ def _run(plan: Plan, start: Path, folder: Path, out: Path, timeout: float | None
     lines = log.read_text("utf-8", "replace").rstrip().splitlines()[-_TAIL:]
     said = "\n".join(["; its last words:", *(f"  {line}" for line in lines)]) if lines else ", without a word"
     raise ResumeError(f"the replay {ended} before it had saved {plan.end.run}@{plan.end.step}{said}")
-
-
-# -- the comparison --------------------------------------------------------------------------------------------
-
-
-def _compare(mine: Any, theirs: Any, path: str) -> Iterator[str]:
-    import numpy as np
-    import torch
-
-    if type(mine) is not type(theirs):
-        yield f"{path}: recorded {_short(mine)}, replayed {_short(theirs)}"
-    elif isinstance(mine, dict):
-        for key in dict.fromkeys((*mine, *theirs)):
-            below = f"{path}/{key}" if path else str(key)
-            if key not in theirs:
-                yield f"{below}: recorded, not replayed"
-            elif key not in mine:
-                yield f"{below}: replayed, not recorded"
-            elif path == "rng":
-                # A stream is one thing, whatever it is made of.
-                if any(True for _ in _compare(mine[key], theirs[key], below)):
-                    yield f"{below}: the random stream stands elsewhere"
-            else:
-                yield from _compare(mine[key], theirs[key], below)
-    elif isinstance(mine, list | tuple) and len(mine) == len(theirs):
-        for number, (one, other) in enumerate(zip(mine, theirs, strict=True)):
-            yield from _compare(one, other, f"{path}/{number}")
-    elif isinstance(mine, torch.Tensor):
-        yield from _compare_tensors(mine, theirs, path)
-    elif isinstance(mine, np.ndarray):
-        if mine.dtype != theirs.dtype or mine.shape != theirs.shape or mine.tobytes() != theirs.tobytes():
-            yield f"{path}: the arrays differ"
-    elif mine != theirs and not (mine != mine and theirs != theirs):
-        yield f"{path}: recorded {_short(mine)}, replayed {_short(theirs)}"
-
-
-def _compare_tensors(mine: Any, theirs: Any, path: str) -> Iterator[str]:
-    import torch
-
-    if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
-        yield f"{path}: recorded {mine.dtype} {list(mine.shape)}, replayed {theirs.dtype} {list(theirs.shape)}"
-        return
-    mine, theirs = (torch.view_as_real(t) if t.is_complex() else t for t in (mine.detach(), theirs.detach()))
-    if torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (mine, theirs))):
-        return
-    gap = (mine.to(torch.float64) - theirs.to(torch.float64)).abs()
-    count = int((gap != 0).sum())  # a NaN is unequal, too
-    if count == 0:
-        yield f"{path}: equal as numbers, but not in their bits (the sign of a zero, or the payload of a NaN)"
-        return
-    yield f"{path}: {count:,} of {gap.numel():,} values differ, max |difference| {float(gap.max()):.3g}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
