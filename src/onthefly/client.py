@@ -23,6 +23,7 @@ from onthefly.errors import (
     AmbiguousError,
     CommandError,
     CommandTimeoutError,
+    CorruptCheckpointError,
     NoLiveSessionError,
     OnTheFlyError,
     ResumeError,
@@ -36,6 +37,8 @@ from onthefly.store.store import Store
 if TYPE_CHECKING:
     from typing import Unpack
 
+    from onthefly.checkpoints.contents import Contents
+    from onthefly.comparison import Diff
     from onthefly.store.queries import CheckpointRow, CommandRow, EventRow, RunRow, Series, SessionRow
     from onthefly.verification import Plan, Verification
 
@@ -190,6 +193,33 @@ class Client:
             raise UnknownReferenceError(f"there is no file {reference.path}")
         known = [row for row in rows if row.path.name == path.name and row.path.resolve() == path]
         return references.in_order(row for row in known if row.evicted is None)[-1] if known else path
+
+    def diff(self, a: str, b: str) -> Diff:
+        """What differs between the checkpoints that two REFs name. Loads torch, unless their hashes are equal.
+
+        Raises `UnknownReferenceError`, `AmbiguousError`, `CheckpointNotFoundError`, and `CorruptCheckpointError`.
+        """
+        from onthefly import comparison
+
+        return comparison.diff(self._file(a), self._file(b))
+
+    def show(self, ref: str, *, verify: bool = False) -> Contents:
+        """What a checkpoint holds: every tensor's name, dtype, shape and size, and every plain value. Only its header is
+        read, or, to `verify` that they match its hash, all its bytes.
+
+        Raises `UnknownReferenceError`, `AmbiguousError`, `CheckpointNotFoundError`, and `CorruptCheckpointError`, also for a
+        file whose content is not the one that was recorded.
+        """
+        from onthefly.checkpoints.contents import contents
+        from onthefly.checkpoints.header import read_header
+
+        found = self.resolve(ref)
+        header = read_header(found if isinstance(found, Path) else found.path, verify=verify)
+        if not isinstance(found, Path) and header.hash != found.hash:
+            raise CorruptCheckpointError(
+                f"{header.path}: its content is {header.hash[:12]}, and {found.hash[:12]} was recorded"
+            )
+        return contents(header, verified=verify)
 
     # -- commanding --------------------------------------------------------------------------------------------
 
@@ -396,6 +426,10 @@ class Client:
     def _best_metric(self, reference: references.Reference) -> str:
         configs = [row.config for row in self.sessions() if row.run == reference.name]
         return str(configs[-1].get("best_metric", "val_loss")) if configs else "val_loss"
+
+    def _file(self, ref: str) -> Path:
+        found = self.resolve(ref)
+        return found if isinstance(found, Path) else found.path
 
     def _recorded(self, ref: str) -> CheckpointRow:
         found = self.resolve(ref)

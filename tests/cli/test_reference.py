@@ -16,6 +16,8 @@ def test_every_command_and_error_is_on_the_page():
     page = reference.page()
     for name in cli.list_commands(None):
         assert f"## onthefly {name}\n" in page
+        for below in getattr(cli.get_command(None, name), "commands", ()):
+            assert f"## onthefly {name} {below}\n" in page
     for name, kind in vars(errors).items():
         if isinstance(kind, type):
             assert f"`{name}`" in page

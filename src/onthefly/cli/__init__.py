@@ -26,6 +26,7 @@ _MODULES = {
     "reset": "steer",
     "stop": "steer",
     "checkpoints": "history",
+    "checkpoint": "checkpoint",
     "runs": "history",
     "log": "history",
     "verify": "verify",

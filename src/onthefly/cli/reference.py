@@ -29,13 +29,28 @@ _SHARED = ("session_id", "run_name", "no_wait", "timeout", "store", "as_json")
 def page() -> str:
     """The whole page, as Markdown."""
     context = click.Context(cli, info_name="onthefly")
-    commands = {name: cli.get_command(context, name) for name in cli.list_commands(context)}
     parts = [_INTRODUCTION.format(help=_prose(cli.help or ""))]
-    parts += [_command(name, command) for name, command in commands.items() if command is not None]
-    shared = [option for option in _options(commands["pause"]) if option.name in _SHARED]
+    for name, command in _commands(cli, context):
+        parts.append(_group(name, command) if isinstance(command, click.Group) else _command(name, command))
+    shared = [option for option in _options(cli.get_command(context, "pause")) if option.name in _SHARED]
     parts.append("\n".join(["## Options that many commands share", "", *_table(shared), ""]))
     parts.append("\n".join(["## Exit codes", "", *_exit_codes(), ""]))
     return "\n".join(parts)
+
+
+def _commands(group: click.Group, context: click.Context) -> Iterator[tuple[str, click.Command]]:
+    """Every command of a group under its whole name, each group before what is in it."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        yield name, command
+        if isinstance(command, click.Group):
+            yield from ((f"{name} {below}", inner) for below, inner in _commands(command, context))
+
+
+def _group(name: str, group: click.Group) -> str:
+    inner = "\n".join(f"onthefly {name} {below}" for below in group.commands)
+    return "\n".join([f"## onthefly {name}", "", "```", inner, "```", "", _prose(group.help or ""), ""])
 
 
 def _command(name: str, command: click.Command) -> str:
