@@ -11,6 +11,8 @@ import pytest
 # The processes that share the tests between them must choose the same random ones.
 os.environ.setdefault("ONTHEFLY_SEED", str(random.randrange(10**6)))
 
+sys.path.insert(0, str(Path(__file__).parent))  # for `checkpoint_stores`
+
 PLAYER = Path(__file__).with_name("player.py")
 
 

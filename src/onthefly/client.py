@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
     from onthefly.checkpoints.contents import Contents
     from onthefly.comparison import Diff
+    from onthefly.fsck import Progress, Report
+    from onthefly.repairs import Repair
     from onthefly.store.queries import CheckpointRow, CommandRow, EventRow, RunRow, Series, SessionRow
     from onthefly.verification import Plan, Verification
 
@@ -390,6 +392,22 @@ class Client:
         from onthefly import verification
 
         return verification.replay(self.plan(ref, to), timeout=timeout)
+
+    def fsck(self, *, full: bool = True, progress: Progress | None = None) -> Report:
+        """Look whether every recorded checkpoint is there with its content, and what else lies beside them. Changes nothing.
+
+        With `full` every byte is read; `progress` is told the path that is read next, the bytes that are done, and of how many.
+        What is lost or damaged is a finding with the severity ``"error"``, and not raised.
+        """
+        from onthefly import fsck
+
+        return fsck.check(self.store, full=full, progress=progress)
+
+    def repair(self, report: Report) -> tuple[Repair, ...]:
+        """Do what the remedies of a report of `fsck` say: nothing by which a checkpoint could be lost."""
+        from onthefly import repairs
+
+        return repairs.repair(self.store, report)
 
     # -- parts -------------------------------------------------------------------------------------------------
 

@@ -62,6 +62,10 @@ class Lineage:
         """Whether a run stands on this checkpoint."""
         return self.run_on(row) is not None
 
+    def needs_content(self, hash: str) -> bool:
+        """Whether a run stands on a checkpoint of this content."""
+        return hash in self._by_hash
+
     def run_on(self, row: CheckpointRow) -> str | None:
         """A run that stands on this checkpoint."""
         return self._by_hash.get(row.hash) or self._by_path.get(str(row.path))

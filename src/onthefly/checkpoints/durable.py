@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -74,6 +75,13 @@ def remove_stray(folder: Path) -> list[Path]:
     return removed
 
 
+def strays(folder: Path) -> list[Path]:
+    """What `remove_stray` would delete, but for what came within the last second: asking for a lock would get in its way."""
+    return [
+        folder / name for name in sorted(os.listdir(folder)) if _TEMPORARY.fullmatch(name) and _is_left(folder / name)
+    ]
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
@@ -108,6 +116,22 @@ def _remove_unlocked(path: Path) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
     except OSError:  # somebody is writing it, or it cannot be told
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def _is_left(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        if abs(time.time() - os.fstat(handle).st_mtime) < 1:  # its writer may be about to lock it
+            return False
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         return False
     finally:
         os.close(handle)

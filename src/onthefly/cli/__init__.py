@@ -30,6 +30,7 @@ _MODULES = {
     "runs": "history",
     "log": "history",
     "verify": "verify",
+    "fsck": "fsck",
 }
 """Command to module, in the order of `onthefly --help`."""
 

@@ -8,7 +8,8 @@ ended, and its journal adds nothing to it any more.
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,15 +87,31 @@ def record(
         _tell(connection, place, "checkpointSaved", where, told)
 
 
-def _next_place(connection: Connection, run: str) -> tuple[int, int]:
-    """Session and number for the next fact of a run that nobody trains. Raises `CommandError` if somebody does."""
-    table, event, checkpoint = schema.session, schema.event, schema.checkpoint
+@contextmanager
+def unattended(store: Store, run: str) -> Iterator[Connection]:
+    """Inside, no session is on the run, and none can begin: it is a write transaction, so keep it short.
+
+    Raises `CommandError` if a session is on it.
+    """
+    with store.begin() as connection:
+        _refuse_live(connection, run)
+        yield connection
+
+
+def _refuse_live(connection: Connection, run: str) -> None:
+    table = schema.session
     live = connection.execute(select(table).where(table.c.run == run, table.c.ended.is_(None))).first()
     if live is not None:
         raise CommandError(
             f"session {live.id} (pid {live.pid} on {live.host}) is on {run!r} and owns its checkpoints: "
             "ask it by a command, or wait until it has ended"
         )
+
+
+def _next_place(connection: Connection, run: str) -> tuple[int, int]:
+    """Session and number for the next fact of a run that nobody trains. Raises `CommandError` if somebody does."""
+    table, event, checkpoint = schema.session, schema.event, schema.checkpoint
+    _refuse_live(connection, run)
     # A session that went over to another run has facts of this one, too.
     of_run = (table.c.run == run) | table.c.id.in_(select(event.c.session).where(event.c.run == run))
     session = connection.scalar(select(func.max(table.c.id)).where(of_run, table.c.ended.is_not(None)))
