@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from onthefly.checkpoints.contents import Contents
     from onthefly.comparison import Diff
     from onthefly.fsck import Progress, Report
+    from onthefly.garbage import Collection
     from onthefly.repairs import Repair
     from onthefly.store.queries import CheckpointRow, CommandRow, EventRow, RunRow, Series, SessionRow
     from onthefly.verification import Plan, Verification
@@ -408,6 +409,16 @@ class Client:
         from onthefly import repairs
 
         return repairs.repair(self.store, report)
+
+    def gc(self, *, keep: int | None = None, dry_run: bool = False) -> Collection:
+        """Remove files that nothing needs and checkpoints that retention lets go, of each run that no session trains.
+
+        With `keep` that many of the newest are kept, whatever the run's session was told; with `dry_run` nothing is removed.
+        Raises `ValueError` for a `keep` below 1.
+        """
+        from onthefly import garbage
+
+        return garbage.collect(self.store, keep=keep, dry_run=dry_run)
 
     # -- parts -------------------------------------------------------------------------------------------------
 

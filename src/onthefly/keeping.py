@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 
 
 def kept_because(
-    checkpoints: Iterable[CheckpointRow], runs: Sequence[RunRow], sessions: Sequence[SessionRow]
+    checkpoints: Iterable[CheckpointRow],
+    runs: Sequence[RunRow],
+    sessions: Sequence[SessionRow],
+    keep: int | None = None,
 ) -> dict[int, tuple[str, ...]]:
     """For the id of every live checkpoint, retention's words for why it stays; without a word, it may go.
 
-    Each run is judged by the settings of its newest session, and by those that are usual when it never had one.
+    Each run is judged by the settings of its newest session, and by those that are usual when it never had one;
+    with `keep`, so many of the newest are kept whatever was set.
     """
     lineage = Lineage(runs)
     live = [row for row in checkpoints if row.evicted is None]
@@ -39,8 +43,8 @@ def kept_because(
             )
             for number, row in enumerate(in_order(row for row in live if row.run == run.name))
         ]
-        keep = config.get("ckpt_keep", SessionConfig.ckpt_keep)
-        told = retention.reasons(candidates, keep, config.get("ckpt_keep_every"))
+        newest = keep if keep is not None else config.get("ckpt_keep", SessionConfig.ckpt_keep)
+        told = retention.reasons(candidates, newest, config.get("ckpt_keep_every"))
         found.update({candidate.id: words for candidate, words in told})
     return found
 

@@ -31,6 +31,7 @@ _MODULES = {
     "log": "history",
     "verify": "verify",
     "fsck": "fsck",
+    "gc": "garbage",
 }
 """Command to module, in the order of `onthefly --help`."""
 
