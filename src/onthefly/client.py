@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 from onthefly import errors, keeping
 from onthefly.errors import (
     AmbiguousError,
+    CheckpointError,
     CommandError,
     CommandTimeoutError,
     CorruptCheckpointError,
+    InvalidCommandError,
     NoLiveSessionError,
     OnTheFlyError,
     ResumeError,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
     from onthefly.checkpoints.contents import Contents
     from onthefly.comparison import Diff
+    from onthefly.exchange import Arrived, Exported
     from onthefly.fsck import Progress, Report
     from onthefly.garbage import Collection
     from onthefly.repairs import Repair
@@ -187,7 +190,7 @@ class Client:
         rows = self.checkpoints(evicted=True)
         if reference.path is None:
             try:
-                return references.resolve(reference, self.runs(), rows, best_by=self._best_metric(reference))
+                return references.resolve(reference, self.runs(), rows, best_by=self._best_metric(reference.name))
             except UnknownReferenceError:
                 if reference.at is not None or not Path(ref).is_file():
                     raise
@@ -223,6 +226,87 @@ class Client:
                 f"{header.path}: its content is {header.hash[:12]}, and {found.hash[:12]} was recorded"
             )
         return contents(header, verified=verify)
+
+    # -- keeping and exchanging --------------------------------------------------------------------------------
+
+    def pin(self, ref: str, pinned: bool = True, *, timeout: float = _TIMEOUT) -> Result:
+        """Keep a checkpoint whatever retention says, or, not `pinned`, let retention have it again.
+
+        A session that is on its run does it at its next step boundary; without one it is done at once. Raises
+        `UnknownReferenceError`, `AmbiguousError`, and what `command` raises.
+        """
+        row = self._recorded(ref)
+        if (session := self._session_on(row.run)) is not None:
+            return self.command("pinCheckpoint", session.id, timeout=timeout, path=str(row.path), pinned=pinned)
+        from onthefly.store import catalog
+
+        catalog.pin(self.store, row, pinned)
+        return {**_told(row), "pinned": pinned}
+
+    def remove(self, ref: str, *, force: bool = False, timeout: float = _TIMEOUT) -> Result:
+        """Remove a checkpoint with its file; its row stays, as a tombstone. Done by the same hands as `pin`.
+
+        Raises `CommandError` for the origin of a run, for one that a lineage needs, and, unless `force`, for the newest of its
+        run; `CheckpointError` when the file cannot be removed.
+        """
+        row = self._recorded(ref)
+        keeping.refuse_removal(row, self.checkpoints(row.run), self.runs(), force=force)
+        if (session := self._session_on(row.run)) is not None:
+            return self.command("removeCheckpoint", session.id, timeout=timeout, path=str(row.path))
+        from onthefly.checkpoints import sidecar
+        from onthefly.store import catalog
+
+        catalog.bury(self.store, row, "removed")  # first: a row without a file would be a promise
+        try:
+            row.path.unlink(missing_ok=True)
+            sidecar.path_of(row.path).unlink(missing_ok=True)
+        except OSError as e:
+            raise CheckpointError(f"{row.path} is no longer listed, but cannot be removed: {e.strerror or e}") from e
+        return _told(row)
+
+    def export(self, ref: str, out: str | Path, *, only: str | None = None, force: bool = False) -> Exported:
+        """Write the model of a checkpoint, or the part `only`, as a plain state dict: ``.safetensors`` or ``.pt``, by the name.
+
+        Raises `InvalidCommandError` for another name or a part that there is not, `UnsupportedValueError` for what such a file
+        cannot hold, and `CheckpointWriteError`, also for a file that is there already, unless `force`. Loads torch.
+        """
+        from onthefly import exchange
+
+        return exchange.export(self._file(ref), Path(out), only=only, force=force)
+
+    def import_file(
+        self, file: str | Path, *, run: str | None = None, into: str | None = None, only: str | None = None
+    ) -> CheckpointRow:
+        """Bring a file into the store as a pinned checkpoint, and record it as the newest of its run.
+
+        A checkpoint, from another store, is copied after every byte was checked, under `run`, or the run that it says it is of.
+        A plain state dict becomes the weights of the model (or of the module `only`) in what else the checkpoint `into` holds;
+        by default, the newest of the store. Nothing of a file is executed. Loads torch.
+
+        Raises `UnknownReferenceError` for a run that is not here, `CommandError` while a session is on it,
+        `StateMismatchError` for other names or shapes, `CorruptCheckpointError`, `CheckpointWriteError`, and
+        `InvalidCommandError` for arguments that the file has no use for.
+        """
+        from onthefly import exchange
+
+        file = Path(file)
+        if exchange.is_checkpoint(file):
+            if into is not None or only is not None:
+                raise InvalidCommandError(f"{file} is a whole checkpoint; only a plain state dict goes into another")
+            said, generation = exchange.run_of(file)
+            if (name := run or said) is None:
+                raise InvalidCommandError(f"{file} does not say which run it is of; give --run NAME")
+            target = self.run(name)
+            self._refuse_live(target.name)
+            generation = min(generation, target.generation)
+            arrived = exchange.bring_in(file, self.store.checkpoints_dir, target.name, generation)
+            return self._record(arrived, target.name, generation)
+        if run is not None:
+            raise InvalidCommandError(f"{file} is no checkpoint; a plain state dict goes into a checkpoint: --into REF")
+        base = self._recorded(into) if into is not None else self._newest()
+        self._refuse_live(base.run)
+        arrived = exchange.graft(file, base.path, self.store.checkpoints_dir, base.run, base.generation, only=only)
+        return self._record(arrived, base.run, base.generation)
 
     # -- commanding --------------------------------------------------------------------------------------------
 
@@ -452,9 +536,51 @@ class Client:
             raise AmbiguousError(f"several runs are unfinished; say which: onthefly resume RUN, one of {names}")
         return rows[0]
 
-    def _best_metric(self, reference: references.Reference) -> str:
-        configs = [row.config for row in self.sessions() if row.run == reference.name]
+    def _best_metric(self, run: str | None) -> str:
+        configs = [row.config for row in self.sessions() if row.run == run]
         return str(configs[-1].get("best_metric", "val_loss")) if configs else "val_loss"
+
+    def _session_on(self, run: str) -> SessionRow | None:
+        return next((session for session in self.sessions(alive=True) if session.run == run), None)
+
+    def _refuse_live(self, run: str) -> None:
+        if (session := self._session_on(run)) is not None:
+            raise CommandError(
+                f"session {session.id} (pid {session.pid}) is on {run!r} and owns its checkpoints; import when it has ended"
+            )
+
+    def _newest(self) -> CheckpointRow:
+        rows = self.checkpoints()
+        if not rows:
+            raise UnknownReferenceError("there is no checkpoint in this store to import into")
+        return rows[-1]
+
+    def _record(self, arrived: Arrived, run: str, generation: int) -> CheckpointRow:
+        """Record a file that is in place; when that fails, the file does not stay."""
+        from onthefly.checkpoints import sidecar
+        from onthefly.store import catalog
+
+        best_by, counters = self._best_metric(run), arrived.counters
+        measured = counters.get(best_by) is not None and counters.get(f"{best_by}_step") == arrived.step
+        try:
+            catalog.record(
+                self.store,
+                run=run,
+                generation=generation,
+                step=arrived.step,
+                epoch=arrived.epoch,
+                path=arrived.path,
+                hash=arrived.hash,
+                size=arrived.size,
+                reason="import",
+                pinned=True,
+                metrics={best_by: float(counters[best_by])} if measured else {},
+            )
+        except BaseException:
+            arrived.path.unlink(missing_ok=True)
+            sidecar.path_of(arrived.path).unlink(missing_ok=True)
+            raise
+        return next(row for row in reversed(self.checkpoints(run)) if row.path == arrived.path)
 
     def _file(self, ref: str) -> Path:
         found = self.resolve(ref)
@@ -465,6 +591,11 @@ class Client:
         if isinstance(found, Path):
             raise UnknownReferenceError(f"{found} is not a recorded checkpoint of {self.store.root}")
         return found
+
+
+def _told(row: CheckpointRow) -> Result:
+    """A checkpoint, as a session answers with it."""
+    return {"path": str(row.path), "hash": row.hash, "size": row.size, "step": row.step, "epoch": row.epoch}
 
 
 def _error(row: CommandRow) -> OnTheFlyError:

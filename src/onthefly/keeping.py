@@ -1,4 +1,4 @@
-"""Why a checkpoint is still there: retention's reasons, found from what a store has recorded. Values in, values out."""
+"""Why a checkpoint stays: retention's reasons, and lineage's, found from what a store has recorded. Values in, values out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from onthefly.checkpoints import retention
 from onthefly.config import SessionConfig
-from onthefly.runs.references import in_order, stands
+from onthefly.errors import CommandError
+from onthefly.runs.references import describe, in_order, stands
 
 if TYPE_CHECKING:
     from onthefly.store.queries import CheckpointRow, RunRow, SessionRow
@@ -47,6 +48,24 @@ def kept_because(
         told = retention.reasons(candidates, newest, config.get("ckpt_keep_every"))
         found.update({candidate.id: words for candidate, words in told})
     return found
+
+
+def refuse_removal(
+    row: CheckpointRow, checkpoints: Iterable[CheckpointRow], runs: Sequence[RunRow], *, force: bool = False
+) -> None:
+    """Raises `CommandError` for a checkpoint that must stay: an origin, one that a lineage needs, and, unless `force`, the
+    newest of its run."""
+    if row.reason == retention.ORIGIN:
+        raise CommandError(
+            f"{describe(row)} is the origin of {row.run!r}: only from there can each of its steps be reached again"
+        )
+    if (run := Lineage(runs).run_on(row)) is not None:
+        raise CommandError(f"{describe(row)} cannot be removed: the run {run!r} goes on from it")
+    newest = in_order(other for other in checkpoints if other.run == row.run and other.evicted is None)[-1]
+    if newest.id == row.id and not force:
+        raise CommandError(
+            f"{describe(row)} is the newest of {row.run!r}, and what a resume would begin with; --force removes it all the same"
+        )
 
 
 class Lineage:

@@ -6,6 +6,7 @@ sidecar is missing or damaged is as good as before. This module owns the names o
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -61,6 +62,12 @@ def name_for(run: str, step: int, generation: int = 0, variant: int = 0) -> str:
     # A run that is itself called "x-g2" says its generation always, or it could be taken for the third of "x".
     middle = f"-g{generation}" if generation or _LOOKS_NUMBERED.fullmatch(run) else ""
     return f"{run}{middle}-step{step:08d}{f'-v{variant}' if variant else ''}.safetensors"
+
+
+def free_path(folder: Path, run: str, step: int, generation: int) -> Path:
+    """Where another state of a step goes in a folder: the first variant of its name that nothing has yet."""
+    variants = (folder / name_for(run, step, generation, variant) for variant in itertools.count())
+    return next(path for path in variants if not os.path.lexists(path))
 
 
 def parse_name(filename: str) -> tuple[str, int, int] | None:

@@ -84,6 +84,98 @@ def diff_command(a: str, b: str, rows: int, store: Path | None, as_json: bool) -
     click.echo(render.document(found) if as_json else diff_text(found, rows))
 
 
+@checkpoint_command.command("export", short_help="Its model, as a plain state dict.")
+@click.argument("ref")
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--only", metavar="NAME", help="Another part than the model, such as optimizer.")
+@click.option("--force", is_flag=True, help="Replace a file that is there already.")
+@options.store
+@options.as_json
+def export_command(ref: str, out: Path, only: str | None, force: bool, store: Path | None, as_json: bool) -> None:
+    """Write the model of the checkpoint REF to OUT as a plain state dict for other tools: .safetensors or .pt, by its name.
+
+    It is what `model.load_state_dict(torch.load(OUT, weights_only=True))` takes. .safetensors needs
+    `pip install 'onthefly[export]'`.
+    """
+    with options.connect(store) as client:
+        found = client.export(ref, out, only=only, force=force)
+    if as_json:
+        click.echo(render.document(found))
+    else:
+        told = f"{found.tensors} tensors  {render.size(found.size)}  {render.dim(str(found.path))}"
+        click.echo(f"{render.bold('exported')} {found.part}  {told}")
+
+
+@checkpoint_command.command("import", short_help="Bring a file into the store.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--run", metavar="NAME", help="Of a checkpoint: the run that it becomes one of. Default: the one that it names."
+)
+@click.option("--into", metavar="REF", help="Of a state dict: what all but the weights is from. Default: the newest.")
+@click.option("--only", metavar="NAME", help="Of a state dict: which model's it is, when there are several.")
+@options.store
+@options.as_json
+def import_command(
+    file: Path, run: str | None, into: str | None, only: str | None, store: Path | None, as_json: bool
+) -> None:
+    """Bring FILE into the store as a pinned checkpoint of a run that nobody trains at the moment.
+
+    A checkpoint, from another store or machine, is copied after every byte was checked. A plain state dict (.safetensors or
+    .pt) becomes the weights in a new checkpoint that is otherwise the one of --into: names and shapes must be those of its model.
+    Nothing of a file is ever executed. `onthefly load` then takes it by its hash.
+    """
+    with options.connect(store) as client:
+        row = client.import_file(file, run=run, into=into, only=only)
+    if as_json:
+        click.echo(render.document(row))
+    else:
+        place = f"{row.run}@{row.step}  {row.hash[:12]}  {render.size(row.size)}  {render.dim(str(row.path))}"
+        click.echo(f"{render.bold('imported')}  {place}")
+
+
+@checkpoint_command.command("pin", short_help="Keep it whatever retention says.")
+@click.argument("ref")
+@options.timeout
+@options.store
+@options.as_json
+def pin_command(ref: str, timeout: float, store: Path | None, as_json: bool) -> None:
+    """Keep the checkpoint REF whatever retention says. A session that is on its run does it at its next step boundary."""
+    with options.connect(store) as client:
+        _done("pinned", client.pin(ref, timeout=timeout), as_json)
+
+
+@checkpoint_command.command("unpin", short_help="Let retention have it again.")
+@click.argument("ref")
+@options.timeout
+@options.store
+@options.as_json
+def unpin_command(ref: str, timeout: float, store: Path | None, as_json: bool) -> None:
+    """Let retention have the checkpoint REF again: a later save of its run may remove it."""
+    with options.connect(store) as client:
+        _done("unpinned", client.pin(ref, False, timeout=timeout), as_json)
+
+
+@checkpoint_command.command("rm", short_help="Remove it; its row stays.")
+@click.argument("ref")
+@click.option("--force", is_flag=True, help="Also the newest of its run.")
+@options.timeout
+@options.store
+@options.as_json
+def rm_command(ref: str, force: bool, timeout: float, store: Path | None, as_json: bool) -> None:
+    """Remove the checkpoint REF and its sidecar. Its row stays as a tombstone, with its hash.
+
+    The origin of a run, and what a run goes on from, is never removed; the newest of a run only with --force.
+    """
+    with options.connect(store) as client:
+        _done("removed", client.remove(ref, force=force, timeout=timeout), as_json)
+
+
+def _done(what: str, result: dict[str, Any], as_json: bool) -> None:
+    from onthefly.cli.steer import say
+
+    say(what, result, as_json)
+
+
 # -- what differs ----------------------------------------------------------------------------------------------
 
 

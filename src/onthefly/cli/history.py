@@ -231,8 +231,6 @@ _WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "checkpointEvicted": lambda data: f"removed {str(data.get('hash', ''))[:12]} ({data.get('reason', 'evicted')})",
     "checkpointPinned": lambda data: f"pinned {str(data.get('hash', ''))[:12]}",
     "checkpointUnpinned": lambda data: f"unpinned {str(data.get('hash', ''))[:12]}",
-    "checkpointPinned": lambda data: f"pinned {str(data.get('hash', ''))[:12]}",
-    "checkpointUnpinned": lambda data: f"unpinned {str(data.get('hash', ''))[:12]}",
     "checkpointFailed": lambda data: f"a save failed: {data.get('message', '')}",
     "inexact": _inexact,
     "lost": _lost,

@@ -24,6 +24,15 @@ store = click.option(
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
+timeout = click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for the answer.",
+)
+
 
 def choice(command: F) -> F:
     """``--session`` and ``--run``: which live session."""
@@ -35,14 +44,7 @@ def delivery(command: F) -> F:
     """Everything a command to a live session takes besides its arguments."""
     command = as_json(command)
     command = store(command)
-    command = click.option(
-        "--timeout",
-        type=click.FloatRange(min=0),
-        default=30.0,
-        show_default=True,
-        metavar="SECONDS",
-        help="How long to wait for the answer.",
-    )(command)
+    command = timeout(command)
     command = click.option("--no-wait", is_flag=True, help="Do not wait for the answer.")(command)
     return choice(command)
 
