@@ -80,7 +80,9 @@ def summary(report: Report, remaining: list[Finding]) -> str:
     verdict = verdict or click.style("all sound", fg="green", bold=True)
     noted = f", {_counted(notes, 'note')}" if notes else ""
     given_up = sum(one.kind == "lost" for one in report.findings) - sum(one.kind == "lost" for one in remaining)
-    return f"{_counted(report.checkpoints - given_up, 'checkpoint')}, {render.size(report.size)}, {how}: {verdict}{noted}"
+    return (
+        f"{_counted(report.checkpoints - given_up, 'checkpoint')}, {render.size(report.size)}, {how}: {verdict}{noted}"
+    )
 
 
 def near(path: Path, store: Path) -> str:
