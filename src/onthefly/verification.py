@@ -182,6 +182,9 @@ def _place(row: CheckpointRow) -> tuple[int, int]:
 
 
 def _leads(one: CheckpointRow, other: CheckpointRow) -> bool:
+    """Whether training went from one to the other. It never made what was imported, nor went on from there in that line."""
+    if "import" in (one.reason, other.reason):
+        return False
     return (one.run, one.generation) == (other.run, other.generation) and _place(one) < _place(other)
 
 

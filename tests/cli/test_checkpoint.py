@@ -292,6 +292,19 @@ def test_any_part_can_be_exported(own, ok, run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o.pt", "store"]
 
 
+def test_of_several_models_one_is_chosen(own, ok, run, tmp_path):
+    import torch
+
+    from onthefly.checkpoints import save_checkpoint
+
+    nets = {"gen": torch.nn.Linear(1, 2), "disc": torch.nn.Linear(2, 1)}
+    save_checkpoint(tmp_path / "gan.safetensors", {"nets": nets})
+    code, _, error = run("checkpoint", "export", tmp_path / "gan.safetensors", tmp_path / "g.pt")
+    assert (code, "several models: nets/gen, nets/disc; choose one with --only NAME" in error) == (2, True)
+    ok("checkpoint", "export", tmp_path / "gan.safetensors", tmp_path / "g.pt", "--only", "nets/gen")
+    nets["gen"].load_state_dict(torch.load(tmp_path / "g.pt", weights_only=True))
+
+
 def test_an_export_never_replaces_a_file_unasked(own, ok, run, tmp_path):
     out = tmp_path / "model.pt"
     out.write_text("precious")
@@ -349,6 +362,18 @@ def test_a_checkpoint_that_cannot_come_in_leaves_nothing(own, run, answer, tmp_p
     code, _, error = run("checkpoint", "import", foreign, "--run", "baseline")
     assert (code, "foreign.safetensors: its bytes do not match its hash" in error) == (4, True)
     assert sorted((own / "checkpoints").iterdir()) == before
+
+
+def test_what_was_imported_is_no_stretch_to_verify(own, ok, run, tmp_path):
+    from onthefly.client import connect
+
+    ok("checkpoint", "export", "baseline@20", tmp_path / "weights.pt")
+    imported = json.loads(ok("checkpoint", "import", tmp_path / "weights.pt", "--into", "baseline@50", "--json"))
+    with connect() as client:
+        plan = client.plan()
+    assert (plan.start.step, plan.end.step, plan.end.reason) == (40, 50, "epoch")
+    code, _, error = run("verify", "baseline@40", "--to", imported["hash"])
+    assert (code, "no steps lead from" in error) == (2, True)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
