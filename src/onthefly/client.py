@@ -1,6 +1,7 @@
 """The Python door: what can be seen of runs, and asked of live sessions, from any process.
 
-A client works on the store alone and needs no server. It loads no torch.
+A client works on the store alone and needs no server. It loads no torch, but for what says so: that works on the values
+in checkpoints.
 
     with onthefly.connect() as client:
         client.pause()
@@ -201,7 +202,7 @@ class Client:
         return references.in_order(row for row in known if row.evicted is None)[-1] if known else path
 
     def diff(self, a: str, b: str) -> Diff:
-        """What differs between the checkpoints that two REFs name. Loads torch, unless their hashes are equal.
+        """What differs between the checkpoints that two REFs name. Loads torch.
 
         Raises `UnknownReferenceError`, `AmbiguousError`, `CheckpointNotFoundError`, and `CorruptCheckpointError`.
         """
