@@ -1,6 +1,6 @@
 """The law: a run that was killed, and resumed by a new process, is the run that never stopped, bit for bit.
 
-python tests/exactness/exactness_law.py CASE      checks one case, such as epochs/2p/shuffle/own/adamw/every=6/kills=8,11
+python tests/exactness/exactness_law.py CASE      checks one case, such as epochs/2p/shuffle/own/adamw/overlap/every=6/kills=8,11
 """
 
 import json

@@ -54,7 +54,7 @@ ITEM_SIZES = {
 }
 """Bytes of one element, by the name that safetensors gives a dtype."""
 
-_PIECE = 4 * 2**20  # small enough to be hashed while it is still in the processor's cache
+_PIECE = 2**20  # small enough to be hashed while it is still in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def check_bytes(file: int, header: Header) -> None:
 
     The file is read, not mapped: a disk that fails then is an error, and not a signal that ends the process.
     """
-    hasher = blake3(max_threads=blake3.AUTO)
+    hasher = blake3()
     hasher.update(_read(file, DIGITS.start, 0) + ZEROS.encode())
     buffers = Buffers([bytearray(_PIECE) for _ in range(3)])
     with Aside() as hashing:
