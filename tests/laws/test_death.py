@@ -9,6 +9,7 @@ import pytest
 from law_programs import PER_EPOCH
 from law_trainings import STATE, assert_same, changes_of, plain, until
 
+import onthefly
 from onthefly.store import queries
 
 
@@ -162,6 +163,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(trainings
     assert_same(end, plain(given=changes), *STATE)
     assert resumed.client.events(kinds=["inexact"]) == []
     assert "passing over a checkpoint" in resumed.said or damage == "foreign"
+
+
+def test_a_run_is_not_resumed_from_a_state_that_was_imported_into_it(trainings, tmp_path):
+    training = trainings.start(stops=(4, 8), config={"ckpt_every_epoch": False})
+    training.go_on(4, "saveCheckpoint")
+    training.at(8).kill()
+    with onthefly.connect(trainings.store) as client:
+        client.export("baseline@0", tmp_path / "other.pt")
+        imported = client.import_file(tmp_path / "other.pt", into="baseline@4")
+    assert imported.reason == "import"
+    end = trainings.resume(training).end()
+    assert len(end["losses"]) == 3 * PER_EPOCH - 4
+    assert_same(end, plain(), *STATE)
 
 
 def test_a_change_made_before_a_repeated_stretch_was_saved_anew_is_not_forgotten(trainings):

@@ -313,7 +313,8 @@ class Checkpointer:
         try:
             if save.path is None:
                 self._ring.make_room(size, save.reason)
-            path = save.path or self._ring.free_path(save.step, save.generation)
+            # No file is overwritten: until the new one is there, the old one may be all that is left.
+            path = save.path or sidecar.free_path(self._ring.folder, save.run, save.step, save.generation)
             written = write(path)
             sidecar.describe(
                 path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import shutil
 import threading
@@ -35,7 +34,7 @@ class Ring:
     """Owns the list of a run's checkpoints. The training thread and the writer's thread share it."""
 
     def __init__(self, folder: Path, history: History, config: SessionConfig, kept: Iterable[Kept] = ()) -> None:
-        self._folder = folder
+        self.folder = folder
         self._history = history
         self._config = config
         self._kept: list[Kept] = list(kept)
@@ -61,14 +60,6 @@ class Ring:
         with self._lock:
             return next((kept for kept in self._kept if kept.path == path), None)
 
-    def free_path(self, step: int, generation: int) -> Path:
-        """Where a state goes. No file is ever overwritten: until the new one is there, its name may be all that is left."""
-        for variant in itertools.count():
-            path = self._folder / sidecar.name_for(self._history.run, step, generation, variant)
-            if not path.exists():
-                return path
-        raise AssertionError("counting has come to an end")
-
     def make_room(self, size: int, reason: str) -> None:
         """Where the disk has no room for a checkpoint of so many bytes, let go now what retention would let go after it.
 
@@ -77,7 +68,7 @@ class Ring:
         with self._lock:
             incoming = Kept(Path(), "", size, 0, 0, 0, reason, False, None)
             for kept in self._going([*self._kept, incoming]):
-                if shutil.disk_usage(self._folder).free >= size:
+                if shutil.disk_usage(self.folder).free >= size:
                     return
                 if kept is not self._kept[-1]:
                     self._remove(kept, "room")

@@ -235,7 +235,8 @@ def _newest_good(
     Raises `ResumeError` when there were checkpoints and none is good.
     """
     bad = []
-    candidates = [row for row in rows if row.generation == run.generation]
+    # An import is a state to be loaded; the run never was in it.
+    candidates = [row for row in rows if row.generation == run.generation and row.reason != "import"]
     for row in sorted(candidates, key=lambda row: (row.session, row.captured, row.id), reverse=True):
         try:
             file = format.open_checkpoint(row.path)
