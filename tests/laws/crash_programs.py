@@ -110,6 +110,7 @@ def main(kind, folder, lives=None, seed=0):
 
         found = syscalls.live(work, last)
         about = {"killed": found.killed, "stops": found.stops, "call": found.call, "said": found.said}
+        about["writes"] = [(syscalls.WRITES[n], first) for n, first in found.calls if n in syscalls.WRITES]
         print(json.dumps({"folder": str(home), **about}), flush=True)
         return found
 

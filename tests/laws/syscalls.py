@@ -6,6 +6,7 @@ twice: before the kernel does it, and after. Linux only; `why_not` says why not 
 
 import ctypes
 import os
+import platform
 import signal
 import sys
 import threading
@@ -17,6 +18,12 @@ _TRACEME, _SYSCALL, _SETOPTIONS, _SYSCALL_INFO = 0, 24, 0x4200, 0x420E
 _OPTIONS = 0x1 | 0x8 | 0x100000  # TRACESYSGOOD, TRACECLONE, EXITKILL
 _WAIT_ALL = 0x40000000  # __WALL: threads, too
 _AT_A_CALL = signal.SIGTRAP | 0x80
+
+WRITES = {
+    "x86_64": {18: "pwrite", 74: "fsync", 82: "rename"},
+    "aarch64": {68: "pwrite", 82: "fsync", 38: "rename", 276: "rename"},
+}.get(platform.machine(), {})
+"""The calls that make a file durable, by their numbers."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -33,6 +40,8 @@ class Life:
     """The number of the system call that it was killed at."""
     said: str
     """What it had written to its pipe."""
+    calls: tuple[tuple[int, int], ...]
+    """Number and first argument of every call that it made, if it came to its end."""
 
 
 def why_not():
@@ -63,8 +72,11 @@ def live(work, last=None):
         _be_the_child(work, theirs)
     os.close(theirs)
     try:
-        life = _follow(pid, last)
-        return Life(*life, os.read(ours, 4096).decode())
+        killed, stops, calls = _follow(pid, last)
+        said = os.read(ours, 4096).decode()
+        if killed:
+            return Life(True, stops, calls[-1][0] if calls else None, said, ())
+        return Life(False, stops, None, said, tuple(calls))
     except BaseException:
         _kill(pid)
         raise
@@ -84,8 +96,9 @@ def _be_the_child(work, pipe):
 
 
 def _follow(pid, last):
-    """(killed, stops, call) of a child and all its threads."""
+    """(killed, stops, calls) of a child and all its threads; of one that is killed, the call at which it was."""
     marks = stops = 0
+    calls = []
     while True:
         thread, status = os.waitpid(-1, _WAIT_ALL)
         if not os.WIFSTOPPED(status):
@@ -93,14 +106,15 @@ def _follow(pid, last):
                 continue
             if status:
                 raise RuntimeError(f"the child failed, with status {status:#x}")
-            return False, stops, None
+            return False, stops, calls
         found, passed_on = os.WSTOPSIG(status), 0
         if found == _AT_A_CALL:
             stops += marks > 1
+            if stops == last or (last is None and marks > 1):
+                calls += _call_of(thread)
             if stops == last:
-                call = _call_of(thread)
                 _kill(pid)
-                return True, stops, call
+                return True, stops, calls
         elif found == signal.SIGSTOP and thread == pid:
             marks += 1
             if marks == 1:
@@ -119,13 +133,13 @@ def _kill(pid):
 
 
 def _call_of(thread):
-    """The number of the system call that a thread is stopped at; None before Linux 5.3."""
-    info = (ctypes.c_uint64 * 16)()  # op, arch, two pointers, then the number, which is known at the entry only
+    """[(number, first argument)] of the call that a thread enters; nothing where it leaves one, and before Linux 5.3."""
+    info = (ctypes.c_uint64 * 16)()  # op and architecture, two pointers, the number, the arguments
     try:
         _ptrace(_SYSCALL_INFO, thread, ctypes.addressof(info), ctypes.sizeof(info))
     except OSError:
-        return None
-    return info[3] if info[0] & 0xFF == 1 else None
+        return []
+    return [(info[3], info[4])] if info[0] & 0xFF == 1 else []
 
 
 def _ptrace(request, thread, data=0, size=0):
