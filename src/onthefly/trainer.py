@@ -1,6 +1,6 @@
 """A ready training loop on top of `Session`. Read `fit` from top to bottom: the loop is all there.
 
-The checkpoint's five hops: `Trainer.fit` > `Session.epochs` > `Session.save` > `Checkpointer.save` > `checkpoints.format.write`.
+The checkpoint's five hops: `Trainer.fit` > `Session.epochs` > `Session.save` > `Checkpointer.save` > `checkpoints.format.write_image`.
 """
 
 from __future__ import annotations

@@ -265,7 +265,9 @@ class _CommandLine:
         step = int(self._popen.stdout.readline())
         # Python does not see a signal that comes just before it begins to read: wait until it does, where that can be seen.
         waits = Path(f"/proc/{self.pid}/wchan")
-        until(lambda: not waits.exists() or waits.read_text() in ("", "0") or "pipe_read" in waits.read_text(), "a reader")
+        until(
+            lambda: not waits.exists() or waits.read_text() in ("", "0") or "pipe_read" in waits.read_text(), "a reader"
+        )
         return step
 
     def send(self, word):

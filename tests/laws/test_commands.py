@@ -137,6 +137,35 @@ def test_a_save_into_a_folder_that_is_not_there_fails_and_training_goes_on(train
     assert_same(training.end(), plain())
 
 
+# -- pinCheckpoint, removeCheckpoint ---------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_pinned_unpinned_and_removed_while_training_goes_on(trainings):
+    training = trainings.start(stops=(6, 7, 8, 9))
+    saved = training.go_on(6, "saveCheckpoint")
+    pinned = training.at(7).deliver("pinCheckpoint", path=saved["path"])
+    training.go()
+    assert training.done(pinned)["pinned"] is True
+    assert [c.pinned for c in checkpoints(training) if c.hash == saved["hash"]] == [True]
+    unpinned = training.at(8).deliver("pinCheckpoint", path=saved["path"], pinned=False)
+    foreign = training.deliver("pinCheckpoint", path=saved["path"] + "x")
+    training.go()
+    assert training.done(unpinned)["pinned"] is False
+    assert training.failed(foreign)["type"] == "InvalidCommandError"
+    origin = next(c for c in checkpoints(training) if c.reason == "origin")
+    removed = training.at(9).deliver("removeCheckpoint", path=saved["path"])
+    needed = training.deliver("removeCheckpoint", path=str(origin.path))
+    assert training.go().done(removed)["hash"] == saved["hash"]
+    assert training.failed(needed)["type"] == "InvalidCommandError"
+    assert_same(training.end(), plain())
+    rows = {c.hash: c for c in training.client.checkpoints("baseline", evicted=True)}
+    assert rows[saved["hash"]].evicted_reason == "removed"
+    assert not rows[saved["hash"]].path.exists()
+    assert origin.path.exists()
+    kinds = [e.kind for e in training.client.events(kinds=["checkpointPinned", "checkpointUnpinned"])]
+    assert kinds == ["checkpointPinned", "checkpointUnpinned"]
+
+
 # -- loadCheckpoint --------------------------------------------------------------------------------------------
 
 

@@ -232,6 +232,12 @@ _WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "checkpointPinned": lambda data: f"pinned {str(data.get('hash', ''))[:12]}",
     "checkpointUnpinned": lambda data: f"unpinned {str(data.get('hash', ''))[:12]}",
     "checkpointFailed": lambda data: f"a save failed: {data.get('message', '')}",
+    "checkpointWaited": lambda data: (
+        f"a save waited {render.span(float(data.get('seconds') or 0))} for the one before it"
+    ),
+    "checkpointSkipped": lambda data: "a save was passed over: the one before it is still being written",
+    "checkpointTorn": lambda data: _line("the state changed while it was copied; it is taken again", data),
+    "stagingRefused": lambda data: str(data.get("reason", "memory is short")),
     "inexact": _inexact,
     "lost": _lost,
     "storeUnavailable": _lost,

@@ -107,10 +107,7 @@ class Checkpointer:
 
     def adopt(self, kept: Kept | None) -> None:
         """The live state is that of this checkpoint of the run's own."""
-        future: Future[Kept] = Future()
-        if kept is not None:
-            future.set_result(kept)
-        self._latest = None if kept is None else (self._place(), future)
+        self._latest = None if kept is None else (self._place(), _done(kept))
         self.postpone()
 
     def save(
@@ -187,7 +184,10 @@ class Checkpointer:
         """Pin or unpin a checkpoint. Raises `InvalidCommandError` for one that is not of this run."""
         self.settle()
         kept = self._ring.pin(path, pinned)
-        self._record(kept, self._history.seq)
+        self._history.pinned(str(path), kept.hash, pinned)
+        if self._latest is not None and self._latest[1].done() and self._latest[1].exception() is None:
+            latest = self._latest[1].result()
+            self._latest = (self._latest[0], _done(kept)) if latest.path == path else self._latest
         return kept
 
     # -- on the training thread --------------------------------------------------------------------------------
@@ -212,8 +212,7 @@ class Checkpointer:
         if future.done() and (future.exception() is not None or not future.result().path.exists()):
             return None
         if pin and not future.result().pinned:
-            self.adopt(self.pin(future.result().path, True))
-            return self._latest[1]
+            return _done(self.pin(future.result().path, True))
         return future
 
     def _asked(self, future: Future[Kept], reason: str, pin: bool, path: Path | None) -> _Save:
@@ -383,6 +382,12 @@ class Checkpointer:
             captured=captured,
             metrics={} if kept.metric is None else {self._config.best_metric: kept.metric},
         )
+
+
+def _done(kept: Kept) -> Future[Kept]:
+    future: Future[Kept] = Future()
+    future.set_result(kept)
+    return future
 
 
 def _owned(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

@@ -91,6 +91,10 @@ class History:
         """Record a checkpoint that is durable."""
         self._journal.fact("checkpoint", {"run": self.run, "time": time.time(), **data})
 
+    def pinned(self, path: str, content: str, pinned: bool) -> None:
+        """Record that a checkpoint is to stay, or no longer."""
+        self._journal.fact("pinned", {"path": path, "hash": content, "pinned": pinned, "time": time.time()})
+
     def evicted(self, path: str, content: str, reason: str) -> None:
         """Record that a checkpoint is about to be removed."""
         self._journal.fact("evicted", {"path": path, "hash": content, "reason": reason, "time": time.time()})

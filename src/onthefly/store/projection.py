@@ -108,6 +108,8 @@ class _Tables:
                 self._checkpoint(record)
             case "evicted":
                 self._evicted(record)
+            case "pinned":
+                self._pinned(record)
             case "result":
                 self._result(record.data)
             case "run":
@@ -143,13 +145,23 @@ class _Tables:
         self._event(record, "checkpointSaved", data, {key: data[key] for key in told})
 
     def _evicted(self, record: FactRecord) -> None:
-        data = {**record.data, "path": self._store.stored_path(record.data["path"])}
+        reason = record.data["reason"]
+        data, where = self._of_live_checkpoint(record, evicted=record.data["time"], evicted_reason=reason)
+        self._event(record, "checkpointEvicted", where, {**data, "reason": reason})
+
+    def _of_live_checkpoint(self, record: FactRecord, **values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Change the row of the live checkpoint that a fact is about; gives what names it, and where in its run it stands."""
+        named = {"path": self._store.stored_path(record.data["path"]), "hash": record.data["hash"]}
         table = schema.checkpoint
-        this = (table.c.path == data["path"]) & (table.c.hash == data["hash"]) & table.c.evicted.is_(None)
+        this = (table.c.path == named["path"]) & (table.c.hash == named["hash"]) & table.c.evicted.is_(None)
         row = self._connection.execute(select(table).where(this)).mappings().first()
-        where = {**row, "time": data["time"]} if row else {"run": self._run, "time": data["time"]}
-        self._connection.execute(update(table).where(this).values(evicted=data["time"], evicted_reason=data["reason"]))
-        self._event(record, "checkpointEvicted", where, {key: data[key] for key in ("path", "hash", "reason")})
+        self._connection.execute(update(table).where(this).values(values))
+        return named, {**(row or {"run": self._run}), "time": record.data["time"]}
+
+    def _pinned(self, record: FactRecord) -> None:
+        pinned = record.data["pinned"]
+        data, where = self._of_live_checkpoint(record, pinned=pinned)
+        self._event(record, "checkpointPinned" if pinned else "checkpointUnpinned", where, data)
 
     def _result(self, data: Mapping[str, Any]) -> None:
         table = schema.command
