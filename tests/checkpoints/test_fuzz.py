@@ -70,7 +70,6 @@ FORGED = {
     "the class is an array": (("optimizer", "class"), {"$ndarray": "rng/torch", "dtype": "V8", "shape": [632], "order": "C"}),
     "a form is a tensor": (("optimizer", "parameters", 0), {"$tensor": "rng/torch"}),
     "a parameter's number is a tensor": (("optimizer", "param_groups", 0, "params", 0), {"$tensor": "rng/torch"}),
-    "a parameter's number is true": (("optimizer", "param_groups", 0, "params", 1), True),
     "nobody knows whether it is fused": (("optimizer", "param_groups", 0, "fused"), {"$tensor": "rng/torch"}),
     "nobody knows whether it is capturable": (("optimizer", "param_groups", 0, "capturable"), {"$tensor": "rng/torch"}),
     "a tensor is a key of the state": (("optimizer", "state", "$dict", 0, 0), {"$tensor": "rng/torch"}),
