@@ -8,7 +8,8 @@ OnTheFlyError                                        1
 ├── CheckpointError                                  4  a checkpoint file cannot be used
 │   ├── CorruptCheckpointError (ValueError)          4  truncated, altered, foreign or malicious
 │   ├── CheckpointNotFoundError(FileNotFoundError)   4  no such file, run or step
-│   └── CheckpointWriteError   (OSError)             4  disk full, quota, permission, I/O error
+│   ├── CheckpointWriteError   (OSError)             4  disk full, quota, permission, I/O error
+│   └── HalfRestoredError                            4  the disk failed in the middle of a load
 ├── StoreError                                       5  the store cannot be used
 │   ├── StoreBusyError         (TimeoutError)        5  another process holds it for too long
 │   └── SchemaVersionError     (ValueError)          5  made by another version
@@ -68,6 +69,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 class CheckpointWriteError(CheckpointError, OSError):
     """The checkpoint could not be made durable. Older checkpoints are untouched and no partial file is left."""
+
+
+class HalfRestoredError(CheckpointError):
+    """The disk failed in the middle of a load: some live objects have changed. A session ends then, without saving."""
 
 
 class StoreError(OnTheFlyError):

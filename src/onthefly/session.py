@@ -38,6 +38,7 @@ from onthefly.control.ring import Kept, Ring
 from onthefly.control.signals import Signals
 from onthefly.control.start import Start
 from onthefly.errors import (
+    HalfRestoredError,
     InexactError,
     MissingPartError,
     OnTheFlyError,
@@ -353,7 +354,12 @@ class Session:
         knobs = self._knobs.unclaimed_of(value.get("knobs"))
         if unclaimed := [*self._state.unclaimed(value), *(f"knob {name}" for name in knobs)]:
             raise StateMismatchError(f"{path}: nobody here tracks {', '.join(unclaimed)}, which it holds")
-        self._state.restore(value, copy=file.copy)
+        self._checkpointer.changed()
+        try:
+            self._state.restore(value, copy=file.copy)
+        except HalfRestoredError as e:
+            self.leave("failed", e.exit_code)  # without saving: this is no state of anything
+            raise
         self._watch.forget()
         self._again.clear()
         batch = self._loader.batch if self._loader is not None else 0
@@ -369,7 +375,7 @@ class Session:
         self._ring.need([path])
         self._ring.leave_line(self.step)
         if self._ring.find(path) is None:  # somebody else may remove it: a generation's beginning must stay
-            self.save("load")
+            self.save("load", goes_on=False)
         self._plan()
         return kept
 
@@ -458,6 +464,7 @@ class Session:
         self._done = True
         if save:
             self.save("end", goes_on=False)
+        self._checkpointer.settle()  # as long as a signal still means: finish what you are doing
         self._signals.close()
 
     # -- at a boundary -----------------------------------------------------------------------------------------
@@ -539,6 +546,7 @@ class Session:
         if self._save_when_paused:
             self._save_when_paused = False
             self.save("pause")
+        self._checkpointer.save_again(gradients=self._watch.pending(), goes_on=False)
         for request in [r for r in self._waiting if self._may_run(r, True)]:
             self._waiting.remove(request)
             self._perform(request)

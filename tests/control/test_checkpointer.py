@@ -1,6 +1,9 @@
 """Saves behind a training that goes on: exact, bounded, and every one that comes to nothing is told."""
 
+import errno
+import os
 import threading
+import time
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from onthefly.checkpoints import staging
 from onthefly.checkpoints.format import open_checkpoint
 from onthefly.control import checkpointer
 from onthefly.errors import InvalidCommandError
+from onthefly.store import queries
 
 
 @pytest.fixture
@@ -203,7 +207,7 @@ def test_a_checkpoint_is_pinned_unpinned_and_removed_under_a_live_session(attach
             session.pin(kept.path, True)
         step()
     assert session.pin(kept.path, True).pinned
-    with pytest.raises(InvalidCommandError, match="no checkpoint of the run"):
+    with pytest.raises(InvalidCommandError, match="no checkpoint that the run"):
         session.pin(tmp_path / "nothing.safetensors", True)
     origin = next(row for row in rows(tmp_path) if row.reason == "origin") if rows(tmp_path) else None
     session.remove(kept.path)
@@ -232,3 +236,102 @@ def test_every_so_many_steps_a_checkpoint_stays(attach, tmp_path):
         step()
     session.close()
     assert [row.step for row in rows(tmp_path)] == [0, 3, 6, 8]
+
+
+class Counting(torch.optim.SGD):
+    """Keeps something beside what it keeps for each parameter."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        self.state["steps"] = torch.tensor([0])
+        self.state["word"] = 3
+
+    def step(self, closure=None):
+        self.state["steps"] += 1
+        return super().step(closure)
+
+
+def test_an_optimizer_may_keep_what_is_no_entry_of_a_parameter(tmp_path):
+    model = nn.Linear(2, 1)
+    optimizer = Counting(model.parameters())
+    config = onthefly.SessionConfig(
+        store=tmp_path / "store", ckpt_staging="overlap", ckpt_every_steps=1, ckpt_keep=9, handle_signals=False
+    )
+    with onthefly.attach(model, optimizer, config=config) as session:
+        for _ in session.steps(3):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+    found = [open_checkpoint(row.path).tensors["optimizer/state/steps"].item() for row in rows(tmp_path)]
+    assert found == [0, 1, 2, 3]
+
+
+def test_an_interrupted_copy_fails_its_save_and_the_next_one_finds_a_slot(attach, tmp_path, monkeypatch):
+    session, step = attach()
+    for i in session.steps(4):
+        if i == 1:
+            with monkeypatch.context() as broken:
+                broken.setattr(checkpointer, "Staged", _interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    session.save("manual")
+        if i == 2:
+            kept = session.save("manual").result()
+        step()
+    session.close()
+    assert [(e.step, e.data["reason"]) for e in events(tmp_path, "checkpointFailed")] == [(2, "manual")]
+    assert kept.path in {row.path for row in rows(tmp_path)}
+
+
+def _interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_a_load_that_the_disk_ends_in_the_middle_ends_the_session_without_saving(attach, tmp_path, monkeypatch):
+    """Another disk cannot be had here: the read itself is made to fail as one that does."""
+    session, step = attach(width=400, max_steps=9)
+    steps = session.steps(9)
+    for _ in range(3):
+        next(steps)
+        step()
+    kept = session.save("manual").result()
+    step()
+    with onthefly.connect(tmp_path / "store") as client:
+        monkeypatch.setattr(checkpointer.format._Source, "_read", _fail_as_a_disk_does)
+        order = client.command("loadCheckpoint", wait=False, path=str(kept.path))
+        while not session._gate.raised:
+            time.sleep(0.01)
+        with pytest.raises(SystemExit) as left:
+            next(steps)
+        assert left.value.code == 4
+        assert queries.command(client.store, order["id"]).error["type"] == "HalfRestoredError"
+        assert [c.reason for c in client.checkpoints()] == ["origin", "manual"]
+        (ended,) = client.sessions()
+        assert ended.outcome == "failed"
+
+
+def _fail_as_a_disk_does(source, view, offset):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_the_last_checkpoint_is_durable_when_the_loop_has_ended(attach, tmp_path):
+    session, step = attach()
+    for _ in session.steps(2):
+        step()
+    assert session._ring.find(session.save("end").result().path).step == 2
+    assert session._checkpointer.save("end").done()
+
+
+def test_a_child_that_trains_does_not_wait_for_a_copy_that_nobody_makes_there(attach):
+    session, step = attach(ckpt_staging="overlap")
+    steps = session.steps(5)
+    next(steps)
+    step()
+    session._checkpointer.settle()
+    held = threading.Event()
+    session._checkpointer._copier.submit(held.wait)
+    session.save("manual")
+    if (pid := os.fork()) == 0:
+        session._checkpointer._before_step()
+        os._exit(7)
+    _, status = os.waitpid(pid, 0)
+    held.set()
+    assert os.waitstatus_to_exitcode(status) == 7

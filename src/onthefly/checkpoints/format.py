@@ -15,7 +15,7 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ from onthefly.checkpoints.header import (
     opened,
     parse,
 )
-from onthefly.errors import CheckpointError, CorruptCheckpointError, UnsupportedValueError
+from onthefly.errors import CorruptCheckpointError, HalfRestoredError, UnsupportedValueError
 from onthefly.state.train_state import copy_tensors
 
 __all__ = ["CheckpointFile", "Layout", "Written", "digest", "open_checkpoint", "write", "write_image"]
@@ -133,17 +133,24 @@ def write(path: str | os.PathLike[str], tree: Any, tensors: Mapping[str, torch.T
     return _write(path, layout, _gathered(_pieces(layout), buffers), buffers, set())
 
 
-def write_image(path: str | os.PathLike[str], layout: Layout, image: memoryview, handles: set[int]) -> Written:
+def write_image(
+    path: str | os.PathLike[str],
+    layout: Layout,
+    image: memoryview,
+    handles: set[int],
+    confirm: Callable[[], None] = lambda: None,
+) -> Written:
     """Write a checkpoint whose data stand in memory as they shall stand in the file. As `write` otherwise.
 
     `image` begins at a page and goes on at least to the end of the data's last block. While the file is open its handle is
-    in `handles`, for who forks meanwhile.
+    in `handles`, for who forks meanwhile. `confirm` is called when all is written and nothing is renamed yet: what it raises
+    leaves no file.
     """
     chunks = (
         (image[begin : begin + _CHUNK], min(_CHUNK, layout.data_size - begin))
         for begin in range(0, layout.data_size, _CHUNK)
     )
-    return _write(path, layout, chunks, Buffers([]), handles)
+    return _write(path, layout, chunks, Buffers([]), handles, confirm)
 
 
 def digest(tree: Any, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -187,6 +194,7 @@ def _write(
     chunks: Iterator[tuple[memoryview, int]],
     buffers: Buffers[memoryview],
     handles: set[int],
+    confirm: Callable[[], None] = lambda: None,
 ) -> Written:
     header = layout.header()
     size = len(header) + layout.data_size
@@ -202,6 +210,7 @@ def _write(
         found = str(hasher.hexdigest())
         # The first block comes last: until then the file cannot be taken for a checkpoint.
         file.finish(header[: DIGITS.start] + found.encode() + header[DIGITS.stop :])
+        confirm()
     return Written(found, size)
 
 
@@ -264,8 +273,8 @@ class CheckpointFile:
         """Copy stored tensors into live ones, pair by pair (live, stored): what stands in the file is read straight into
         the live tensor's memory, by several threads.
 
-        The pairs must fit (`TrainState.check`). Raises `CheckpointError` when the file, which could be read a moment ago,
-        no longer can: then some live tensors have changed.
+        The pairs must fit (`TrainState.check`). Raises `HalfRestoredError` when the file, which could be read a moment ago,
+        no longer can.
         """
         rest, reads = [], []
         for live, stored in pairs:
@@ -278,7 +287,10 @@ class CheckpointFile:
         try:
             self._source.read(reads)
         except OSError as e:
-            raise CheckpointError(f"{self.path}: cannot be read any more: {e.strerror or e}") from e
+            raise HalfRestoredError(
+                f"{self.path}: it could be checked, and then not read any more ({e.strerror or e}): the live state is half "
+                "that of the file and half the one before; load another checkpoint, or start again"
+            ) from e
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, verify: str = "full") -> CheckpointFile:
@@ -320,10 +332,12 @@ class _Source:
             view = memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
             pieces += [(view[i : i + _CHUNK], begin + i) for i in range(0, tensor.nbytes, _CHUNK)]
             live.append(tensor)
-        with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(self._read, *zip(*pieces, strict=True)) if pieces else ():
-                pass
-        torch.autograd.graph.increment_version(live)  # a graph that still needs the old values must notice
+        try:
+            with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
+                for _ in pool.map(self._read, *zip(*pieces, strict=True)) if pieces else ():
+                    pass
+        finally:
+            torch.autograd.graph.increment_version(live)  # a graph that still needs the old values must notice
 
     def _read(self, view: memoryview, offset: int) -> None:
         while view:

@@ -14,6 +14,7 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ class Slot:
             raise MemoryError(f"a staging buffer takes {wanted:,} bytes, which cannot be had: {e}") from e
         for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE"):  # what Linux has, and macOS does not
             if (number := getattr(mmap, advice, None)) is not None:
-                memory.madvise(number)
+                with suppress(OSError):  # a kernel without huge pages refuses; the copy is only slower then
+                    memory.madvise(number)
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         self.capacity = wanted
 
@@ -111,20 +113,21 @@ class Staging:
         self._on_refusal = on_refusal
         self._slots: list[Slot] = []
         self._idle: list[Slot] = []
+        self._preparing = False
         self._changed = threading.Condition()
 
     @property
     def busy(self) -> bool:
-        """Whether `take` would wait."""
+        """Whether `take` would wait for a save."""
         with self._changed:
-            return not self._idle and len(self._slots) >= self._limit
+            return not self._idle and len(self._slots) >= self._limit and not self._preparing
 
     def take(self, nbytes: int) -> Slot:
         """A slot with room for so many bytes; waits while all are in use. Raises `MemoryError` when there is no room."""
         slot = self._next(nbytes)
         try:
             slot.fit(nbytes)
-        except MemoryError:
+        except BaseException:
             self.give(slot)
             raise
         return slot
@@ -142,8 +145,12 @@ class Staging:
     def _prepare(self, nbytes: int) -> None:
         with self._changed:
             if self._slots and not self._idle:
-                return  # in use: whoever comes next makes it larger
-        slot = self._next(nbytes)
+                return  # in use: whoever comes next makes it larger. Waiting here, the copier would wait for itself
+            if not self._slots:
+                self._slots.append(Slot())
+                self._idle.append(self._slots[0])
+            slot = self._idle.pop()
+            self._preparing = True
         try:
             if nbytes > slot.capacity:
                 slot.fit(nbytes)
@@ -151,6 +158,7 @@ class Staging:
         except MemoryError:
             return  # `take` says so, to somebody who can do without
         finally:
+            self._preparing = False
             self.give(slot)
 
     def _next(self, nbytes: int) -> Slot:
@@ -186,12 +194,13 @@ class Staged:
         """`late` are the indices, in the layout, of tensors that only an optimizer's step changes."""
         self.slot = slot
         self.layout = layout
-        self.torn: list[str] = []
-        """Names of tensors that changed before their copy ended: what is in the slot is no state that ever was."""
+        self.over = False
+        """Whether it is written, or has failed: nobody looks at it any more."""
+        self._torn: set[str] = set()
         self._copied = threading.Event()  # of what is in the processor's memory
         self._done = threading.Event()
         self._checking = threading.Lock()
-        self._checked = False
+        self._stepped = False
         self._event: Any = None
         targets = slot.views(layout)
         now = [i for i in range(len(targets)) if i not in late]
@@ -203,8 +212,9 @@ class Staged:
                 _copy(targets, layout.tensors, now)
         moves = [(targets[i], layout.tensors[i]) for i in sorted(late) if not layout.tensors[i].is_cuda]
         self._watched = [(layout.entries[i].name, layout.tensors[i], layout.tensors[i]._version) for i in sorted(late)]
+        layout.tensors = []  # pending gradients, say, need not live until the file is durable
         self._samples = _Samples([tensor for _, tensor in moves], [target for target, _ in moves])
-        self._sampled = [layout.entries[i].name for i in sorted(late) if not layout.tensors[i].is_cuda]
+        self._sampled = [name for name, tensor, _ in self._watched if not tensor.is_cuda]
         if late:
             copier.submit(lambda: self._finish(moves))
         else:
@@ -214,34 +224,48 @@ class Staged:
     def before_step(self) -> None:
         """Called before a tensor that is copied late may change: waits until it may."""
         self._copied.wait()
-        self._check()
+        with self._checking:
+            # Once more: an operation that was under way when the copier looked is counted only at its end.
+            self._look()
+            self._stepped = True
         if self._event is not None:
             for device, event in self._event.items():
                 torch.cuda.current_stream(device).wait_event(event)
 
-    def wait(self) -> None:
-        """Wait until everything is in the slot, or it is known that it never will be (`torn`)."""
+    def torn(self) -> list[str]:
+        """Wait until everything is in the slot. Gives the names of tensors that changed before their copy ended.
+
+        With such a name, what is in the slot is no state that ever was. Ask again when the slot has been written: an
+        in-place operation is counted at its end, and its end may be later than the copy's.
+        """
         self._done.wait()
+        with self._checking:
+            if not self._stepped:
+                self._look()
+            return sorted(self._torn)
 
     def _finish(self, moves: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for target, tensor in moves:
-            ctypes.memmove(target.data_ptr(), tensor.data_ptr(), tensor.nbytes)  # without the interpreter's lock
-        self.torn += [self._sampled[i] for i in self._samples.changed()]
-        if self._event is None:
-            self._check()
-        self._copied.set()
-        if self._event is not None:
-            for event in self._event.values():
+        try:
+            for target, tensor in moves:
+                ctypes.memmove(target.data_ptr(), tensor.data_ptr(), tensor.nbytes)  # without the interpreter's lock
+            self._torn.update(self._sampled[i] for i in self._samples.changed())
+            self._samples.forget()
+            with self._checking:
+                self._look()
+            self._copied.set()
+            for event in (self._event or {}).values():
                 event.synchronize()
-            self._check()
-        self._done.set()
+        except BaseException:
+            self._torn.update(name for name, _, _ in self._watched)
+            raise
+        finally:
+            self._copied.set()
+            self._done.set()
 
-    def _check(self) -> None:
-        """Look, once, whether a tensor was written to since the boundary. PyTorch counts its in-place operations."""
-        with self._checking:
-            if not self._checked:
-                self._checked = True
-                self.torn += [name for name, tensor, version in self._watched if tensor._version != version]
+    def _look(self) -> None:
+        """Whether a tensor was written to since the boundary. PyTorch counts its in-place operations."""
+        if not self._stepped:
+            self._torn.update(name for name, tensor, version in self._watched if tensor._version != version)
 
     def _stream_out(self, targets: list[torch.Tensor], now: list[int], late: list[int]) -> None:
         """Copy from CUDA devices beside their current streams. (No machine of this project has run this yet.)"""
@@ -273,6 +297,9 @@ class _Samples:
     def __init__(self, tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> None:
         self._before = [_sample(tensor).clone() for tensor in tensors]
         self._after = [_sample(copy) for copy in copies]
+
+    def forget(self) -> None:
+        self._before, self._after = [], []
 
     def changed(self) -> list[int]:
         pairs = zip(self._before, self._after, strict=True)
@@ -311,7 +338,7 @@ def _machines_memory() -> int | None:
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux
+    except (OSError, KeyError, ValueError):  # not Linux
         return None
 
 
@@ -321,7 +348,7 @@ def _cgroups_memory() -> int | None:
         most = (folder / "memory.max").read_text().strip()
         used = int((folder / "memory.current").read_text())
         fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except OSError:  # no cgroup of one's own
+        # Cached files count as used, but give way.
+        return int(most) - used + int(fields.get("inactive_file", 0)) if most.isdigit() else None
+    except (OSError, ValueError):  # no cgroup of one's own
         return None
-    # Cached files count as used, but give way.
-    return int(most) - used + int(fields.get("inactive_file", 0)) if most.isdigit() else None

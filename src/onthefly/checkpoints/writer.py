@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -11,7 +12,7 @@ from queue import SimpleQueue
 
 
 class Worker:
-    """A thread that does what it is given, one task after the other. Tasks must not raise.
+    """A thread that does what it is given, one task after the other. What a task raises is logged.
 
     The thread starts with the first task, and does not keep the process alive. Where none can be started any more (the
     interpreter is shutting down) a task is done at once, by the caller.
@@ -21,7 +22,7 @@ class Worker:
         self.handles: set[int] = set()
         """Files that a task has open; a forked child closes them, or it would keep their disk space."""
         self._name = name
-        self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         _close_in_children(self)
 
@@ -31,7 +32,7 @@ class Worker:
             try:
                 thread.start()
             except RuntimeError:
-                task()
+                _done(task)
                 return
             self._thread = thread
         self._tasks.put(task)
@@ -43,9 +44,23 @@ class Worker:
             self._tasks.put(done.set)
             done.wait()
 
+    def close(self) -> None:
+        """End the thread, once everything given so far is done."""
+        if self._thread is not None:
+            self._tasks.put(None)
+            self._thread.join()
+            self._thread = None
+
     def _run(self) -> None:
-        while True:
-            self._tasks.get()()
+        while (task := self._tasks.get()) is not None:
+            _done(task)
+
+
+def _done(task: Callable[[], None]) -> None:
+    try:
+        task()
+    except BaseException:
+        logging.getLogger("onthefly").exception("a task behind the training failed")
 
 
 def _close_in_children(worker: Worker) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from onthefly.checkpoints import format, sidecar
-from onthefly.checkpoints.staging import Staged, Staging
+from onthefly.checkpoints import format, retention, sidecar
+from onthefly.checkpoints.staging import Slot, Staged, Staging
 from onthefly.checkpoints.writer import Worker
 from onthefly.config import SessionConfig
 from onthefly.control.history import History
@@ -27,7 +27,7 @@ from onthefly.errors import (
     StateError,
     StateMismatchError,
 )
-from onthefly.state.parts import all_parameters
+from onthefly.state.parts import all_parameters, state_tensors
 from onthefly.state.train_state import Number, TrainState, Value
 from onthefly.state.tree import flatten, unflatten
 
@@ -35,6 +35,9 @@ _WORTH_OVERLAPPING = 32 * 2**20
 """Bytes; below that a copy takes a few milliseconds, and a thread to share them with costs as much."""
 _WORTH_TELLING = 0.05
 """Seconds that a save waited for the one before it."""
+
+_BESIDE = 2**20
+"""Bytes that a checkpoint takes beside its tensors, about: header and sidecar."""
 
 Place = tuple[int, int]
 
@@ -56,11 +59,18 @@ class _Save:
     counters: Mapping[str, Number]
 
 
+class _TornError(Exception):
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(names)
+        self.names = names
+
+
 class Checkpointer:
     """Takes the train state at a boundary, and has it written, recorded and retained by a thread of its own.
 
     `save` returns as soon as training may go on; the future that it gives is done when the checkpoint is durable and
-    recorded. A failed save leaves every older checkpoint where it is.
+    recorded. A failed save leaves every older checkpoint where it is, but for those that retention would have let go after it,
+    where the disk was short of room.
     """
 
     def __init__(
@@ -78,7 +88,8 @@ class Checkpointer:
         self._staged: list[Staged] = []  # what the next step waits for
         self._torn: list[_Save] = []
         self._at_boundary: set[str] = set()  # tensors that changed when they should not have
-        self._told = False
+        self._told = True
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self.next_step = float("inf")
         self.next_time = float("inf")
@@ -90,7 +101,8 @@ class Checkpointer:
         self.postpone()
 
     def expect(self) -> None:
-        """There will be saves: have memory ready for them, in the background."""
+        """There will be saves: have memory ready for them, in the background, now and once the optimizers have their state."""
+        self._told = False
         self._staging.expect(self._state.nbytes())
 
     def postpone(self) -> None:
@@ -121,7 +133,7 @@ class Checkpointer:
         the copy is left to the next step.
         """
         self.postpone()
-        if path is None and (latest := self._already(pin, goes_on)) is not None:
+        if path is None and (latest := self._already(gradients, pin, goes_on)) is not None:
             return latest
         save = self._asked(Future(), reason, pin, path)
         if path is None:
@@ -138,7 +150,7 @@ class Checkpointer:
         else:
             self.save("interval", gradients=gradients)
 
-    def save_again(self, *, gradients: bool) -> None:
+    def save_again(self, *, gradients: bool, goes_on: bool = True) -> None:
         """At a boundary: take again what changed while it was being copied."""
         with self._lock:
             torn, self._torn = self._torn, []
@@ -146,7 +158,7 @@ class Checkpointer:
             save = self._asked(old.future, old.reason, old.pin, old.path)
             if save.path is None:
                 self._latest = (self._place(), save.future)
-            self._take(save, gradients, True)
+            self._take(save, gradients, goes_on)
 
     def settle(self) -> None:
         """Wait until everything that was asked for is saved, or has failed."""
@@ -164,6 +176,9 @@ class Checkpointer:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._staged.clear()
+        self._writer.close()
+        self._copier.close()
 
     def read(self, path: Path, content: str | None = None) -> tuple[Value, format.CheckpointFile]:
         """The whole value of a checkpoint, after checking every byte.
@@ -202,13 +217,17 @@ class Checkpointer:
         value = counters.get(name)
         return float(value) if value is not None and counters.get(f"{name}_step") == step else None
 
-    def _already(self, pin: bool, goes_on: bool) -> Future[Kept] | None:
+    def _already(self, gradients: bool, pin: bool, goes_on: bool) -> Future[Kept] | None:
         """The save of this very state."""
         if self._latest is None or self._latest[0] != self._place():
             return None
         future = self._latest[1]
         if pin or not goes_on:
-            self.settle()  # somebody is going to wait for it, here: it must not be one that a later boundary takes again
+            # Somebody is going to wait for it, here: it must not be one that a later boundary takes again.
+            self._writer.drain()
+            self.save_again(gradients=gradients, goes_on=False)
+            self._writer.drain()
+            future = self._latest[1]
         if future.done() and (future.exception() is not None or not future.result().path.exists()):
             return None
         if pin and not future.result().pinned:
@@ -235,26 +254,39 @@ class Checkpointer:
         try:
             tree, tensors = flatten(self._state.capture(gradients=gradients))
             layout = format.Layout(tree, tensors)
+            if save.reason == retention.ORIGIN:
+                layout.header()  # too large a structure is said at the start
         except StateError as e:
             self._fail(save, e)
             return
-        began = time.monotonic()
-        waits = self._staging.busy
         try:
-            slot = self._staging.take(layout.data_size)
+            slot = self._slot(save, layout.data_size)
         except MemoryError as e:
             self._refused(f"{e}; checkpoints are written while training waits")
-            self._settled(save, lambda path: format.write(path, tree, tensors))
+            self._writer.drain()  # two writers could choose one name
+            self._settled(save, lambda path: format.write(path, tree, tensors), layout.data_size)
             return
-        if waits and (seconds := time.monotonic() - began) >= _WORTH_TELLING:
-            self._history.event(
-                "checkpointWaited", save.step, save.epoch, reason=save.reason, seconds=round(seconds, 3)
-            )
-        late = self._late(layout) if goes_on else set()
-        staged = Staged(slot, layout, late, self._copier)
+        except BaseException as e:
+            self._fail(save, CheckpointWriteError(f"it was given up: {type(e).__name__}: {e}"))
+            raise
+        try:
+            late = self._late(layout) if goes_on else set()
+            staged = Staged(slot, layout, late, self._copier)
+        except BaseException as e:
+            self._staging.give(slot)
+            self._fail(save, CheckpointWriteError(f"it could not be copied: {type(e).__name__}: {e}"))
+            raise
         if late:
-            self._staged.append(staged)
+            self._staged = [*(other for other in self._staged if not other.over), staged]
         self._writer.submit(lambda: self._write(save, staged))
+
+    def _slot(self, save: _Save, nbytes: int) -> Slot:
+        began, waits = time.monotonic(), self._staging.busy
+        slot = self._staging.take(nbytes)
+        if waits and (seconds := time.monotonic() - began) >= _WORTH_TELLING:
+            about = {"reason": save.reason, "seconds": round(seconds, 3)}
+            self._history.event("checkpointWaited", save.step, save.epoch, **about)
+        return slot
 
     def _late(self, layout: format.Layout) -> set[int]:
         """The tensors, by their number in the layout, whose copy may wait: only an optimizer's step changes them."""
@@ -276,14 +308,16 @@ class Checkpointer:
         return found
 
     def _before_step(self) -> None:
-        while self._staged:
-            self._staged.pop().before_step()
+        if self._staged and os.getpid() == self._pid:  # in a forked child nobody copies
+            for staged in self._staged:
+                staged.before_step()
+            self._staged = []
 
     def _first_step(self) -> None:
         """An optimizer has made its state: there will be more to stage than there was at the start."""
         if not self._told:
             self._told = True
-            self.expect()
+            self._staging.expect(self._state.nbytes())
 
     def _refused(self, reason: str) -> None:
         step, epoch = self._place()
@@ -293,25 +327,27 @@ class Checkpointer:
     # -- on the writer's thread --------------------------------------------------------------------------------
 
     def _write(self, save: _Save, staged: Staged) -> None:
-        staged.wait()
-        if staged.torn:
-            self._staging.give(staged.slot)
-            self._tear(save, staged.torn)
-            return
+        def whole() -> None:
+            if names := staged.torn():
+                raise _TornError(names)
+
+        def write(path: Path) -> format.Written:
+            whole()
+            return format.write_image(path, staged.layout, staged.slot.image(), self._writer.handles, whole)
+
         try:
-            self._settled(
-                save,
-                lambda path: format.write_image(path, staged.layout, staged.slot.image(), self._writer.handles),
-                staged.layout.data_size,
-            )
+            self._settled(save, write, staged.layout.data_size)
+        except _TornError as e:
+            self._tear(save, e.names)
         finally:
+            staged.over = True
             self._staging.give(staged.slot)
 
     def _settled(self, save: _Save, write: Callable[[Path], format.Written], size: int = 0) -> None:
-        """Write, record, retain; in the end the future is done, whatever happens."""
+        """Write, record, retain; in the end the future is done, whatever happens, but for a `_TornError`, which is raised."""
         try:
             if save.path is None:
-                self._ring.make_room(size, save.reason)
+                self._ring.make_room(size + _BESIDE, save.reason)
             # No file is overwritten: until the new one is there, the old one may be all that is left.
             path = save.path or sidecar.free_path(self._ring.folder, save.run, save.step, save.generation)
             written = write(path)
@@ -340,6 +376,8 @@ class Checkpointer:
             self._record(kept, save.captured)
             if save.path is None:
                 self._ring.add(kept)
+        except _TornError:
+            raise
         except (CheckpointError, StateError) as e:
             self._fail(save, e)
         except BaseException as e:  # noqa: BLE001  the thread lives on, and whoever waits is told
@@ -393,8 +431,7 @@ def _done(kept: Kept) -> Future[Kept]:
 def _owned(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     """What only the optimizer's step changes."""
     yield from all_parameters(optimizer)
-    for entry in optimizer.state.values():
-        yield from (value for value in entry.values() if isinstance(value, torch.Tensor))
+    yield from state_tensors(optimizer)
 
 
 def _gains(late: Iterator[torch.Tensor]) -> bool:

@@ -114,7 +114,7 @@ class Ring:
     def _own(self, path: Path) -> Kept:
         kept = self.find(path)
         if kept is None:
-            raise InvalidCommandError(f"{path}: this is no checkpoint of the run {self._history.run}")
+            raise InvalidCommandError(f"{path}: this is no checkpoint that the run {self._history.run} keeps")
         return kept
 
     def _may_go(self, kept: Kept) -> bool:

@@ -203,6 +203,13 @@ def all_parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
         yield from group["params"]
 
 
+def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """The tensors that an optimizer keeps for its parameters, and those that it keeps beside them."""
+    for entry in optimizer.state.values():
+        values = entry.values() if isinstance(entry, dict) else [entry]
+        yield from (value for value in values if isinstance(value, torch.Tensor))
+
+
 def _check_is_optimizer(stored: Any, path: str) -> None:
     """That `_OptimizerPart.apply` finds all that it reads."""
     if not isinstance(stored, dict) or not {"class", "parameters", "param_groups", "state"} <= stored.keys():

@@ -28,6 +28,7 @@ from onthefly.state.parts import (
     pair_up,
     part_for,
     plain_names,
+    state_tensors,
     unwrapped,
 )
 
@@ -97,8 +98,7 @@ class TrainState:
         """About how many bytes of tensors `capture` would give, without capturing anything."""
         tensors = {id(t): t for module in self.modules.values() for t in (*module.parameters(), *module.buffers())}
         for optimizer in self.optimizers.values():
-            for entry in optimizer.state.values():
-                tensors.update({id(t): t for t in entry.values() if isinstance(t, torch.Tensor)})
+            tensors.update({id(t): t for t in state_tensors(optimizer)})
         return sum(tensor.nbytes for tensor in tensors.values() if not is_lazy(tensor))
 
     def capture(self, *, gradients: bool = False) -> Value:
