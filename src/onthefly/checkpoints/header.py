@@ -140,7 +140,8 @@ def check_bytes(file: int, header: Header) -> None:
     """
     hasher = blake3()
     hasher.update(_read(file, DIGITS.start, 0) + ZEROS.encode())
-    buffers = Buffers([bytearray(_PIECE) for _ in range(3)])
+    piece = min(_PIECE, header.size)
+    buffers = Buffers([bytearray(piece) for _ in range(3)])
     if hasattr(os, "posix_fadvise"):  # the kernel reads farther ahead, while a piece is hashed
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     with Aside() as hashing:

@@ -217,6 +217,13 @@ def _check_is_optimizer(stored: Any, path: str) -> None:
     groups, state, forms = stored["param_groups"], stored["state"], stored["parameters"]
     sound = isinstance(groups, list) and isinstance(forms, list) and isinstance(state, dict)
     sound = sound and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+    sound = sound and all(isinstance(form, str) for form in forms) and isinstance(stored["class"], str)
+    sound = sound and all(type(index) is int for group in groups for index in group["params"])
+    # `apply` asks these for their truth, which a tensor may not have.
+    sound = sound and all(
+        isinstance(group.get(key), bool | None) for group in groups for key in ("capturable", "fused")
+    )
+    sound = sound and not any(isinstance(key, torch.Tensor) for key in state)  # they stand for parameters, by number
     if not sound or [index for group in groups for index in group["params"]] != list(range(len(forms))):
         raise CorruptCheckpointError(f"{path}: its parameter groups are malformed")
     for index, entry in state.items():

@@ -128,7 +128,12 @@ class TrainState:
         for name in self._parts if names is None else names:
             found, stored = _get(value, name)
             if found:
-                self._check_part(name, stored, value)
+                try:
+                    self._check_part(name, stored, value)
+                except (CorruptCheckpointError, StateMismatchError):
+                    raise
+                except Exception as e:  # what is stored can be of any form
+                    raise CorruptCheckpointError(f"{name}: malformed: {type(e).__name__}: {e}") from e
                 chosen.append(name)
             elif name.split("/")[0] not in _OPTIONAL and not isinstance(self._objects[name], _OPTIONAL_TYPES):
                 raise StateMismatchError(
@@ -290,7 +295,8 @@ def _check_random_state(stored: Mapping[str, Any]) -> None:
 
 
 def _check_owners(live: list[str | None], stored: Any, path: str) -> None:
-    if not isinstance(stored, list) or len(stored) != len(live):
+    sound = isinstance(stored, list) and all(name is None or isinstance(name, str) for name in stored)
+    if not sound or len(stored) != len(live):
         raise CorruptCheckpointError(f"owners/{path}: malformed")
     for index, (mine, theirs) in enumerate(zip(live, stored, strict=True)):
         if mine != theirs and mine is not None and theirs is not None:
