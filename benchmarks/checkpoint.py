@@ -1,7 +1,7 @@
 """What a checkpoint costs a training: the step that it holds up, the processor, the memory, the seconds until it is durable.
 
 Every figure is a ratio of blocks that took turns in one run, with its A/A ratio (two equal blocks against each other)
-and a 95 % interval. `--table` prints the table of docs/benchmarks.md.
+and a 95 % interval. The figures of docs/benchmarks.md come from here.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def files(training: Training, folder: Path, rounds: int) -> Times:
                 if cold:
                     forget(path)
                 times.add(name + cold, seconds(lambda load=load, path=path: load(path, live)))
-        times.add("load again", seconds(lambda: load_checkpoint(ours, live)))
+        times.add("load again", seconds(lambda ours=ours: load_checkpoint(ours, live)))
         steered.settle()
     steered.close()
     return times
