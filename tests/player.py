@@ -51,8 +51,8 @@ class Player:
 
     def tell(self):
         status = "paused" if self.paused else "running"
-        project(self.store, self.id)  # first: who sees the step may ask for what was logged in it
         self.store.heartbeat(self.id, status=status, step=self.step, epoch=self.epoch, time=time.time())
+        project(self.store, self.id)
 
     def train(self):
         while self.step < int(self.options.get("steps", 10**9)):

@@ -573,7 +573,7 @@ class Client:
                 path=arrived.path,
                 hash=arrived.hash,
                 size=arrived.size,
-                reason="import",
+                reason=references.IMPORTED,
                 pinned=True,
                 metrics={best_by: float(counters[best_by])} if measured else {},
             )

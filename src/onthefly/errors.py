@@ -35,6 +35,13 @@ class OnTheFlyError(Exception):
     exit_code: ClassVar[int] = 1
 
 
+def said(error: BaseException) -> str:
+    """What an error says, without the number that the operating system gives it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
+
+
 class StateError(OnTheFlyError):
     """The train state cannot be captured or restored."""
 

@@ -31,7 +31,7 @@ from onthefly.errors import (
     StateMismatchError,
     UnsupportedValueError,
 )
-from onthefly.runs.references import listed
+from onthefly.runs.references import IMPORTED, listed
 from onthefly.state.tree import flatten
 
 _PICKLED = (".pt", ".pth", ".bin")  # what others call a file of torch.save
@@ -214,8 +214,10 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
     try:
         found = read(file)
     except Exception as e:  # whatever a foreign file does to its reader is an error of that file
-        first = str(e).strip().partition("\n")[0]
-        raise CorruptCheckpointError(f"{file}: cannot be read as plain tensors: {type(e).__name__}: {first}") from e
+        # Its own advice (to let the file run code) is none of ours.
+        raise CorruptCheckpointError(
+            f"{file}: it is not a state dict of plain tensors, or damaged ({type(e).__name__}); nothing of it was executed"
+        ) from e
     if not isinstance(found, Mapping) or not found:
         raise CorruptCheckpointError(f"{file}: it holds a {type(found).__name__}, not a state dict")
     if other := [str(key) for key, item in found.items() if not (isinstance(key, str) and _is_usable(item))]:
@@ -298,7 +300,7 @@ def _described(arrived: Arrived, run: str, generation: int) -> Arrived:
         generation=generation,
         step=arrived.step,
         epoch=arrived.epoch,
-        reason="import",
+        reason=IMPORTED,
     )
     return arrived
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from onthefly.checkpoints import retention
 from onthefly.config import SessionConfig
 from onthefly.errors import CommandError
-from onthefly.runs.references import describe, in_order, stands
+from onthefly.runs.references import IMPORTED, describe, in_order, stands
 
 if TYPE_CHECKING:
     from onthefly.store.queries import CheckpointRow, RunRow, SessionRow
@@ -41,6 +41,7 @@ def kept_because(
                 metric=row.metrics.get(best_by) if stands(row, run) else None,
                 pinned=row.pinned,
                 needed=lineage.needs(row),
+                foreign=row.reason == IMPORTED,
             )
             for number, row in enumerate(in_order(row for row in live if row.run == run.name))
         ]
@@ -61,8 +62,8 @@ def refuse_removal(
         )
     if (run := Lineage(runs).run_on(row)) is not None:
         raise CommandError(f"{describe(row)} cannot be removed: the run {run!r} goes on from it")
-    newest = in_order(other for other in checkpoints if other.run == row.run and other.evicted is None)[-1]
-    if newest.id == row.id and not force:
+    own = [c for c in checkpoints if c.run == row.run and c.evicted is None and c.reason != IMPORTED]
+    if own and in_order(own)[-1].id == row.id and not force:
         raise CommandError(
             f"{describe(row)} is the newest of {row.run!r}, and what a resume would begin with; --force removes it all the same"
         )

@@ -45,6 +45,7 @@ from onthefly.errors import (
     StateError,
     StateMismatchError,
     UnsupportedValueError,
+    said,
 )
 from onthefly.state.knobs import Change, Knob, Knobs
 from onthefly.state.loader import END, ExactLoader, SideLoaders
@@ -561,7 +562,7 @@ class Session:
         try:
             result = actions.perform(self, request.command)
         except OnTheFlyError as e:
-            self._history.result(request.id, step, epoch, error=_error(e, str(e), e.exit_code))
+            self._history.result(request.id, step, epoch, error=_error(e, said(e), e.exit_code))
         except Exception as e:  # noqa: BLE001 - the user's own code, called by the action, failed: training goes on
             self._log.exception("the command %s failed", request.command.kind)
             message = f"{type(e).__name__}: {e}"
@@ -579,7 +580,7 @@ class Session:
 
         def answer(saved: Future[Kept]) -> None:  # on the writer's thread, once the checkpoint is durable
             if isinstance(e := saved.exception(), OnTheFlyError):
-                self._history.result(command, step, epoch, error=_error(e, str(e), e.exit_code))
+                self._history.result(command, step, epoch, error=_error(e, said(e), e.exit_code))
             else:
                 self._history.result(command, step, epoch, result=actions.told(saved.result()))
             self._recorder.hurry()

@@ -29,7 +29,7 @@ from onthefly.errors import (
     UnknownReferenceError,
 )
 from onthefly.runs import launch as launching
-from onthefly.runs.references import describe, in_order
+from onthefly.runs.references import IMPORTED, describe, in_order
 
 if TYPE_CHECKING:
     from onthefly.store.queries import CheckpointRow, EventRow, SessionRow
@@ -183,7 +183,7 @@ def _place(row: CheckpointRow) -> tuple[int, int]:
 
 def _leads(one: CheckpointRow, other: CheckpointRow) -> bool:
     """Whether training went from one to the other. It never made what was imported, nor went on from there in that line."""
-    if "import" in (one.reason, other.reason):
+    if IMPORTED in (one.reason, other.reason):
         return False
     return (one.run, one.generation) == (other.run, other.generation) and _place(one) < _place(other)
 

@@ -207,7 +207,7 @@ def test_a_checkpoint_is_pinned_unpinned_and_removed_under_a_live_session(attach
             session.pin(kept.path, True)
         step()
     assert session.pin(kept.path, True).pinned
-    with pytest.raises(InvalidCommandError, match="no checkpoint that the run"):
+    with pytest.raises(InvalidCommandError, match="keeps no such checkpoint"):
         session.pin(tmp_path / "nothing.safetensors", True)
     origin = next(row for row in rows(tmp_path) if row.reason == "origin") if rows(tmp_path) else None
     session.remove(kept.path)

@@ -121,6 +121,16 @@ def test_save_pin_and_save_to_a_path(trainings, tmp_path):
     assert {c.step for c in checkpoints(training)} >= {0, 8, 9, LAST}
 
 
+def test_a_save_to_a_path_overwrites_nothing(trainings, tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    training = trainings.start(stops=(7,))
+    id = training.at(7).deliver("saveCheckpoint", path=str(mine))
+    assert training.go().failed(id)["type"] == "InvalidCommandError"
+    assert mine.read_text() == "mine"
+    assert_same(training.end(), plain())
+
+
 def test_saving_one_state_twice_gives_the_same_file(trainings):
     training = trainings.start(stops=(7,))
     first = training.at(7).deliver("saveCheckpoint")

@@ -10,6 +10,7 @@ from law_programs import PER_EPOCH
 from law_trainings import STATE, assert_same, changes_of, plain, until
 
 import onthefly
+from onthefly.errors import CommandError
 from onthefly.store import queries
 
 
@@ -171,8 +172,12 @@ def test_a_run_is_not_resumed_from_a_state_that_was_imported_into_it(trainings, 
     training.at(8).kill()
     with onthefly.connect(trainings.store) as client:
         client.export("baseline@0", tmp_path / "other.pt")
-        imported = client.import_file(tmp_path / "other.pt", into="baseline@4")
-    assert imported.reason == "import"
+        for _ in range(3):
+            assert client.import_file(tmp_path / "other.pt", into="baseline@4").reason == "import"
+        assert [client.resolve(ref).reason for ref in ("baseline", "baseline@4")] == ["manual", "manual"]
+        client.gc(keep=1)
+        with pytest.raises(CommandError, match="what a resume would begin with"):
+            client.remove("baseline@4")
     end = trainings.resume(training).end()
     assert len(end["losses"]) == 3 * PER_EPOCH - 4
     assert_same(end, plain(), *STATE)

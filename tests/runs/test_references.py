@@ -31,6 +31,7 @@ class Row:
     metrics: dict[str, float] = field(default_factory=dict)
     evicted: float | None = None
     evicted_reason: str | None = None
+    reason: str = "interval"
 
     @property
     def path(self):

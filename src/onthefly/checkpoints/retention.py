@@ -24,6 +24,7 @@ class Candidate(Generic[Id]):
     metric: float | None = None  # lower is better
     pinned: bool = False
     needed: bool = False  # a lineage needs it: a fork's origin, a merge's parent
+    foreign: bool = False  # brought in from outside: the run never was in this state, and does not go on from it
 
 
 def evict(candidates: Iterable[Candidate[Id]], keep: int = 3, every: int | None = None) -> list[Candidate[Id]]:
@@ -36,7 +37,7 @@ def reasons(
 ) -> list[tuple[Candidate[Id], tuple[str, ...]]]:
     """Every candidate, oldest first, with the words that say why it is kept; without a word, it may go.
 
-    Kept are the `keep` last ones by their order (``newest``), with `every` each one whose step is a positive multiple of
+    Kept are the `keep` last ones of the run's own by their order (``newest``), with `every` each one whose step is a positive multiple of
     it (``every 1000``), the one with the lowest finite metric, the newest of several (``best``), and what is ``pinned``,
     ``needed``, or an ``origin``. Raises `ValueError` for a negative `keep`, and for an `every` that is not positive.
     """
@@ -45,12 +46,13 @@ def reasons(
     if every is not None and every < 1:
         raise ValueError(f"retention keeps what lies 1 step apart or more, not {every}")
     oldest_first = sorted(candidates, key=lambda c: c.order)
-    first_kept = len(oldest_first) - keep
+    own = [candidate for candidate in oldest_first if not candidate.foreign]
+    newest = {id(candidate) for candidate in own[max(0, len(own) - keep) :]}
     best = _best(oldest_first)
     found = []
-    for place, candidate in enumerate(oldest_first):
+    for candidate in oldest_first:
         holds = {
-            "newest": place >= first_kept,
+            "newest": id(candidate) in newest,
             f"every {every}": every is not None and candidate.step > 0 and candidate.step % every == 0,
             "best": candidate is best,
             "pinned": candidate.pinned,

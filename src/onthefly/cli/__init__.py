@@ -12,7 +12,7 @@ import sys
 
 import click
 
-from onthefly.errors import OnTheFlyError
+from onthefly.errors import OnTheFlyError, said
 
 _MODULES = {
     "status": "status",
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     except click.exceptions.Exit as e:
         return e.exit_code
     except OnTheFlyError as e:
-        return _fail(_message(e), e.exit_code)
+        return _fail(said(e), e.exit_code)
     except click.UsageError as e:
         where = f"; see `{e.ctx.command_path} --help`" if e.ctx is not None else ""
         return _fail(f"{e.format_message().rstrip('.')}{where}", e.exit_code)
@@ -107,9 +107,3 @@ def main(arguments: list[str] | None = None) -> int:
 def _fail(message: str, code: int) -> int:
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
     return code
-
-
-def _message(error: OnTheFlyError) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error)

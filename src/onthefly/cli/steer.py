@@ -26,7 +26,9 @@ def pause_command(no_save: bool, **given: Any) -> None:
 @click.command("save", short_help="Save a checkpoint now.")
 @click.option("--pin", is_flag=True, help="Never evict it.")
 @click.option(
-    "--path", type=click.Path(dir_okay=False, path_type=Path), help="Write it to this file instead of into the store."
+    "--path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write it to this new file instead of into the store; it is recorded, and never evicted.",
 )
 @options.delivery
 def save_command(pin: bool, path: Path | None, **given: Any) -> None:

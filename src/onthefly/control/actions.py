@@ -19,7 +19,7 @@ from torch import nn
 
 from onthefly.control import commands
 from onthefly.control.commands import Command
-from onthefly.errors import MissingPartError
+from onthefly.errors import CheckpointError, InvalidCommandError, MissingPartError, said
 from onthefly.state import rng
 from onthefly.state.loader import one_pass
 from onthefly.state.train_state import unwrapped
@@ -48,13 +48,20 @@ def resume(session: Session, command: commands.Resume) -> Result:
 
 
 def stop(session: Session, command: commands.Stop) -> Result:
-    saved = told(session.save("stop", goes_on=False).result()) if command.save else {}
+    try:
+        saved = told(session.save("stop", goes_on=False).result()) if command.save else {}
+    except CheckpointError as e:
+        raise type(e)(f"{said(e)}; training goes on: `onthefly stop --no-save` ends it without a checkpoint") from e
     session.leave("stopped", 0)
     return {"stopped": True, **saved}
 
 
 def save(session: Session, command: commands.SaveCheckpoint) -> Future[Kept]:
     path = None if command.path is None else _path(command.path)
+    if path is not None and path.exists():
+        raise InvalidCommandError(
+            f"{path}: there is such a file already, and no file is overwritten; choose another name"
+        )
     return session.save("manual", pin=command.pin, path=path)
 
 

@@ -26,6 +26,7 @@ from onthefly.errors import (
     CorruptCheckpointError,
     StateError,
     StateMismatchError,
+    said,
 )
 from onthefly.state.parts import all_parameters, state_tensors
 from onthefly.state.train_state import Number, TrainState, Value
@@ -402,9 +403,9 @@ class Checkpointer:
         self._on_torn()
 
     def _fail(self, save: _Save, e: CheckpointError | StateError) -> None:
-        about = {"reason": save.reason, "error": type(e).__name__, "message": str(e)}
+        about = {"reason": save.reason, "error": type(e).__name__, "message": said(e)}
         self._history.event("checkpointFailed", save.step, save.epoch, **about)
-        self._log.error("checkpoint at step %d was not saved: %s", save.step, e)
+        self._log.error("checkpoint at step %d was not saved: %s", save.step, said(e))
         save.future.set_exception(e)
 
     def _record(self, kept: Kept, captured: int) -> None:

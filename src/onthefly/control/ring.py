@@ -13,6 +13,7 @@ from onthefly.checkpoints import retention, sidecar
 from onthefly.config import SessionConfig
 from onthefly.control.history import History
 from onthefly.errors import CheckpointNotFoundError, InvalidCommandError
+from onthefly.runs.references import IMPORTED
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,10 @@ class Ring:
     def _own(self, path: Path) -> Kept:
         kept = self.find(path)
         if kept is None:
-            raise InvalidCommandError(f"{path}: this is no checkpoint that the run {self._history.run} keeps")
+            raise InvalidCommandError(
+                f"{path}: the session on {self._history.run} keeps no such checkpoint. One that was saved to a path of its own is "
+                "left alone while the session lives; afterwards it can be pinned, unpinned and removed"
+            )
         return kept
 
     def _may_go(self, kept: Kept) -> bool:
@@ -130,6 +134,7 @@ class Ring:
                 metric=k.metric,
                 pinned=k.pinned,
                 needed=str(k.path) in self._needed,
+                foreign=k.reason == IMPORTED,
             )
             for number, k in enumerate(kept)
         ]

@@ -26,7 +26,7 @@ from onthefly.control import commands
 from onthefly.control.history import History
 from onthefly.control.ring import Kept
 from onthefly.errors import CheckpointError, InexactError, InvalidCommandError, ResumeError
-from onthefly.runs import launch
+from onthefly.runs import launch, references
 from onthefly.state.train_state import TrainState
 from onthefly.state.tree import flatten
 from onthefly.store import queries
@@ -236,7 +236,7 @@ def _newest_good(
     """
     bad = []
     # An import is a state to be loaded; the run never was in it.
-    candidates = [row for row in rows if row.generation == run.generation and row.reason != "import"]
+    candidates = [row for row in rows if row.generation == run.generation and row.reason != references.IMPORTED]
     for row in sorted(candidates, key=lambda row: (row.session, row.captured, row.id), reverse=True):
         try:
             file = format.open_checkpoint(row.path)

@@ -1,6 +1,6 @@
 """REF: the one notation by which a checkpoint is named, at every door.
 
-    RUN          its latest checkpoint          RUN@latest   the same
+    RUN          its latest own checkpoint      RUN@latest   the same
     RUN@STEP     the one at that step           RUN@best     the one with the lowest val_loss
     3f9a2c       the start of a content hash    ./x.safetensors   a file
 
@@ -21,6 +21,8 @@ from typing import Any, Literal, Protocol, TypeVar
 from onthefly.errors import AmbiguousError, UnknownReferenceError
 
 NOTATION = "RUN, RUN@STEP, RUN@latest, RUN@best, the start of a hash (6 digits or more), or a file"
+IMPORTED = "import"
+"""The `reason` of a checkpoint that was brought in from outside. Its run was never in that state."""
 _HASH = re.compile(r"[0-9a-f]{6,64}")
 _SUFFIX = ".safetensors"
 _WORDS: dict[str, Literal["latest", "best"]] = {"latest": "latest", "best": "best"}
@@ -70,6 +72,8 @@ class CheckpointLike(Protocol):
     def hash(self) -> str: ...
     @property
     def path(self) -> Path: ...
+    @property
+    def reason(self) -> str: ...
     @property
     def metrics(self) -> Mapping[str, float]: ...
     @property
@@ -187,15 +191,16 @@ def _of_run(reference: Reference, run: RunLike, checkpoints: Sequence[C], best_b
     live = [row for row in mine if row.evicted is None]
     if not live:
         raise UnknownReferenceError(f"the run {name!r} has no checkpoint yet; `onthefly save` makes one")
+    own = [row for row in live if row.reason != IMPORTED]
     if reference.at is None or reference.at == "latest":
-        return live[-1]
+        return (own or live)[-1]
     if reference.at == "best":
         if (found := best((row for row in live if stands(row, run)), best_by)) is None:
             raise UnknownReferenceError(
                 f"no checkpoint of {name!r} has a {best_by}; the best is the one with the lowest"
             )
         return found
-    at_step = [row for row in live if row.step == reference.at]
+    at_step = [row for row in own if row.step == reference.at] or [row for row in live if row.step == reference.at]
     if at_step:
         return max(at_step, key=lambda row: (row.generation, row.session, row.captured))
     gone = [row for row in mine if row.step == reference.at]
