@@ -343,7 +343,7 @@ def test_a_checkpoint_of_another_store_is_copied_and_recorded(own, ok, answer, t
         assert (found["reason"], found["pinned"], found["metrics"]) == ("import", True, {"val_loss": 0.5})
     names = sorted(path.name for path in (own / "checkpoints").glob("baseline-step00000020*.safetensors"))
     assert names == [f"baseline-step00000020{variant}.safetensors" for variant in ("-v1", "-v2", "")]
-    assert answer("checkpoint", "show", "baseline@20", "--verify")["recorded"]["reason"] == "epoch"  # its own goes first
+    assert answer("checkpoint", "show", "baseline@20", "--verify")["recorded"]["reason"] == "epoch"
     assert "(import) pinned" in ok("log")
 
 
