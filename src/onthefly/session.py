@@ -481,6 +481,9 @@ class Session:
                     "call session.track or session.knob before the loop, as the run did when it was saved"
                 )
         elif self._start.until is None:
+            # A run that begins anew, killed before its origin was durable: what it was told at the start comes first, or the
+            # next process would take it for a part of this origin.
+            self._repeat_commands()
             origin = self._checkpointer.save("origin")
             if origin.done() and isinstance(refused := origin.exception(), StateError):
                 raise refused  # it would be so at every save

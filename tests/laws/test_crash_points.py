@@ -78,14 +78,13 @@ def test_a_save_killed_at_any_of_its_system_calls_leaves_the_older_checkpoint_or
         kept = {name for f in (older_file, newer_file) for name in (f.name, path_of(f).name)}
         assert {p.name for p in life["folder"].iterdir()} <= kept
         seen.add((file.hash == newer, note is not None, bool(strays), bool(saved)))
+    # Which of the short moments in between are met depends on how the threads take turns.
     assert seen >= {
         (False, True, False, False),  # nothing has happened yet
         (False, True, True, False),  # half a file, that nobody takes for one
-        (True, False, False, False),  # no sidecar yet, or the older one's
-        (True, False, True, False),  # half a sidecar
-        (True, True, False, False),
         (True, True, False, True),
     }
+    assert any(is_newer and not reported for is_newer, _, _, reported in seen)
 
 
 def test_bytes_are_on_the_disk_before_their_name_is_and_the_name_before_it_is_said(tmp_path):
