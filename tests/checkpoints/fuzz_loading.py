@@ -551,7 +551,7 @@ def same(one, other):
         if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
             equal = one.dtype == other.dtype and one.shape == other.shape and bits(one) == bits(other)
         elif isinstance(one, dict) and isinstance(other, dict):
-            one, other = ({repr(key): item for key, item in each.items()} for each in (one, other))  # a key may be nan
+            one, other = ({"nan" if key != key else key: item for key, item in each.items()} for each in (one, other))
             equal = one.keys() == other.keys()
             pairs += [(one[key], other[key]) for key in one] if equal else []
         elif type(one) is not type(other):
