@@ -29,8 +29,8 @@ IN_THE_HEADER = {"header_length", "cut_off", "appended", "places"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is as Linux counts it")
-def test_a_mutated_checkpoint_loads_as_what_it_says_or_is_refused_with_all_as_it_was(tmp_path):
-    seed = os.environ.get("ONTHEFLY_FUZZ_SEED", "99")  # others, when somebody asks for them
+@pytest.mark.parametrize("seed", ["99", pytest.param(os.environ["ONTHEFLY_SEED"], marks=pytest.mark.long)])
+def test_a_mutated_checkpoint_loads_as_what_it_says_or_is_refused_with_all_as_it_was(tmp_path, seed):
     limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR, PROCESSOR))}
     command = [sys.executable, str(LOADER), str(tmp_path), seed, str(COUNT)]
     done = subprocess.run(command, capture_output=True, text=True, **limited)
