@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,48 @@ def test_orders_to_one_process_are_not_passed_on(script, monkeypatch):
     process = launch.spawn(record, {"TOLD": "this"}, stdout=subprocess.PIPE)
     output, _ = process.communicate()
     assert json.loads(output)[2] == {"TOLD": "this", "PYTHONHASHSEED": None, "ONTHEFLY_RESUME": None}
+
+
+def test_the_environment_can_be_read_while_another_thread_changes_it():
+    there = {"cwd": "/", "environment": {}}
+    ended = threading.Event()
+
+    def change():
+        while not ended.is_set():
+            os.environ["ANOTHER"] = "thread"
+            del os.environ["ANOTHER"]
+
+    thread = threading.Thread(target=change)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        for _ in range(500):
+            assert launch.environment(there, {"TOLD": "this"})["TOLD"] == "this"
+    finally:
+        ended.set()
+        thread.join()
+        sys.setswitchinterval(before)
+
+
+def test_a_child_begins_with_its_signals_as_they_are_by_default(tmp_path):
+    """Whatever its parent ignores or blocks, and whatever modules lie beside its script."""
+    (tmp_path / "signal.py").write_text("raise SystemExit('not this one')")
+    (tmp_path / "os.py").write_text("raise SystemExit('not this one')")
+    code = (
+        "import _signal as signal\n"
+        "ignored = [n for n in signal.valid_signals() if signal.getsignal(n) == signal.SIG_IGN]\n"
+        "print([sorted(ignored), sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))])\n"
+    )
+    record = {"argv": ["python", "-SPc", code], "executable": sys.executable, "cwd": str(tmp_path), "environment": {}}
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        output, _ = launch.spawn(record, {}, stdout=subprocess.PIPE).communicate()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGHUP, handler)
+    assert json.loads(output) == [[signal.SIGPIPE, signal.SIGXFSZ], []]  # ignored by Python itself
 
 
 def test_a_script_that_left_its_folder_is_found_again(script):

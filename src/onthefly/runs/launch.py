@@ -26,6 +26,13 @@ _TELLING = (
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_VISIBLE_DEVICES",
 )
+_AFRESH = """
+import os, signal, sys
+for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    signal.signal(number, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 _TAKES_VALUE = "WX"  # interpreter options such as -W error; -c and -m end the options
 
 
@@ -62,8 +69,9 @@ def check_first(launch: Launch, run: str) -> None:
 
 def environment(launch: Launch, extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment, with what was recorded of the other, without orders to others, and with `extra`."""
-    env = {name: value for name, value in os.environ.items() if name not in _ORDERS}
-    same = {name: value for name, value in env.items() if name not in _TELLING}
+    # Another thread may take a variable away meanwhile, and `os.environ.items()` would fail.
+    env = {name: value for name in os.environ if (value := os.environ.get(name)) is not None}
+    same = {name: value for name, value in env.items() if name not in (*_ORDERS, *_TELLING)}
     return {**same, **launch["environment"], **extra}
 
 
@@ -85,10 +93,17 @@ def relaunch(launch: Launch, extra: Mapping[str, str]) -> NoReturn:
 
 
 def spawn(launch: Launch, extra: Mapping[str, str], **options: Any) -> subprocess.Popen[bytes]:
-    """Start the recorded command line as a child. `options` go to `subprocess.Popen`. Raises `ResumeError` as `relaunch`."""
+    """Start the recorded command line as a child. `options` go to `subprocess.Popen`. Raises `ResumeError` as `relaunch`.
+
+    The child begins with no signal ignored and none blocked, whatever this thread has: both would be inherited, and
+    only a process itself can put them back. So for some 20 ms it is a Python that does, and then becomes the program.
+    """
     _check(launch)
+    words = command_line(launch)
+    # Without `site`, and without the folder it stands in, where a user's own signal.py might be.
+    first = [words[0], "-SPc", _AFRESH, *words]
     try:
-        return subprocess.Popen(command_line(launch), cwd=launch["cwd"], env=environment(launch, extra), **options)
+        return subprocess.Popen(first, cwd=launch["cwd"], env=environment(launch, extra), **options)
     except OSError as e:
         raise ResumeError(f"cannot start {launch['executable']} again: {e.strerror or e}") from e
 
