@@ -7,17 +7,22 @@ saved moment. That holds for every sampler, with a generator of its own or not.
 With loader workers, PyTorch's augmentation depends on which worker drew what before. Here indices carry
 their position in the epoch, and a worker seeds Python, NumPy and torch from (epoch seed, position) before each
 sample and again before collating, so that a sample's augmentation depends on nothing else.
+
+A loader that is bound to a subset keeps its data set and its workers. Its sampler is made anew for so many samples, at the
+start of every pass from the user's own, and `_Order` looks up which sample of the data set each of its positions is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import operator
 import os
 import random
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +33,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from onthefly.errors import StateMismatchError, UnsupportedLoaderError
-from onthefly.state import rng
+from onthefly.errors import InvalidCommandError, StateMismatchError, UnsupportedLoaderError
+from onthefly.state import rng, subsets
+from onthefly.state.subsets import Indices
 
 _HUGE_EPOCH = 20_000_000  # samples; beyond it the epoch's order is drawn as it is needed, to save memory
 
@@ -41,8 +47,9 @@ class ExactLoader:
     with its own ``state_dict`` and ``load_state_dict`` is asked for its position instead. Any other iterable is
     put back by drawing and dropping the batches that were handed out before.
 
-    Iterating it gives the rest of the current epoch. `epoch` and `batch` (batches handed out in this epoch) are its
-    position; `inexact` lists what keeps this loader from being put back exactly, in words for its user.
+    Iterating it gives the rest of the current epoch. `epoch` and `batch` (batches handed out in this epoch, since it
+    was last bound to other samples) are its position, with `under_way`: whether the epoch has given a batch already.
+    `inexact` lists what keeps this loader from being put back exactly, in words for its user.
 
     Raises `UnsupportedLoaderError` for a `DataLoader` subclass with an ``__iter__`` of its own and no state.
     """
@@ -50,6 +57,7 @@ class ExactLoader:
     def __init__(self, loader: Iterable[Any], *, exact_augmentation: bool = True) -> None:
         self.epoch = 0
         self.batch = 0
+        self.under_way = False
         self._source = loader
         self._exact_augmentation = exact_augmentation
         self._has_state = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
@@ -57,6 +65,10 @@ class ExactLoader:
         self._built: DataLoader[Any] | None = None
         self._order: _Order | None = None
         self._iterator: Iterator[Any] | None = None
+        self._subset: torch.Tensor | None = None
+        self._passes = 0  # of this epoch, before the one under way: each rebinding begins another
+        self._drawn: deque[Any] | None = None  # the indices of batches that workers are ahead with, if they can be told
+        self._handed: Any = None  # those of the last batch
         self._ended = False
         self._started = False  # whether any epoch of this trajectory has begun
         self._start: dict[str, Any] | None = None  # random states at the start of the epoch under way
@@ -64,6 +76,9 @@ class ExactLoader:
         self._generators = rng.find_generators(_places_of_generators(loader))
         if isinstance(loader, DataLoader) and not self._has_state:
             _refuse_custom_iteration(loader)
+        self._obstacle = _obstacle_to_subsets(loader)
+        # What the next pass draws from: indices, or places in the subset.
+        self._sampler: Any = _index_source(loader) if self._obstacle is None else None
         self.inexact: list[str] = list(self._reasons())
 
     # -- iteration ---------------------------------------------------------------------------------------------
@@ -85,7 +100,14 @@ class ExactLoader:
         except StopIteration:
             self._ended = True
             return _END
+        except BaseException:
+            # Whether that batch is lost or comes later, only PyTorch knows: from here on the indices would be guessed.
+            self._drawn = self._handed = None
+            raise
+        if self._drawn is not None:
+            self._handed = self._drawn.popleft()
         self.batch += 1
+        self.under_way = True
         return batch
 
     @property
@@ -121,8 +143,10 @@ class ExactLoader:
         self._resume = None
         self._start = None
         self._ended = False
+        self._passes = 0
         self.epoch += 1
         self.batch = 0
+        self.under_way = False
 
     def set_epoch(self, epoch: int) -> None:
         """Tell a sampler that wants to know (such as `DistributedSampler`) which epoch comes."""
@@ -133,10 +157,82 @@ class ExactLoader:
     def close(self) -> None:
         """Let go of the iterator and its worker processes."""
         self._iterator = None
+        self._drawn = None
         self._order = None
         if self._built is not None:
             self._built._iterator = None
             self._built = None
+
+    # -- which samples -----------------------------------------------------------------------------------------
+
+    @property
+    def subset(self) -> torch.Tensor | None:
+        """The samples that this is bound to, as int64 indices into the data set in the order given; None for all."""
+        return self._subset
+
+    @property
+    def active(self) -> int | None:
+        """The number of samples that this is bound to; None if the data set does not know its length."""
+        return len(self._subset) if self._subset is not None else _length(getattr(self._source, "dataset", None))
+
+    @property
+    def batches(self) -> int | None:
+        """The number of batches in a whole epoch over the active samples, if that is known without drawing any."""
+        return _length(self._sampler if self._sampler is not None else self._source)
+
+    @property
+    def indices(self) -> np.ndarray[Any, Any] | None:
+        """Which samples of the data set the last batch was made of: int64, one for each; None before any batch.
+
+        None, too, where that cannot be known: for loaders without a sampler or with a state of their own, for workers that hand
+        batches out of order, where a sampler gives something other than integers, and, to the end of the pass, once
+        a batch could not be loaded.
+        """
+        return _positions(self._handed)
+
+    @property
+    def samples(self) -> int | None:
+        """The length of the whole data set, where each sample of it has an index."""
+        return _length(self._source.dataset) if self._obstacle is None else None  # type: ignore[attr-defined]
+
+    def check_subset(self, indices: Indices | None) -> None:
+        """Raise what `rebind` would raise; change nothing."""
+        if indices is not None:
+            self._sampler_of(indices)
+        elif self._obstacle is not None:
+            raise UnsupportedLoaderError(f"this train loader cannot be bound anew: {self._obstacle}")
+
+    def rebind(self, indices: Indices | None) -> None:
+        """Take batches from only these samples of the data set from now on, or from all of them again (None).
+
+        In the middle of an epoch, what remains of it is a whole pass over these samples: `batch` is 0 again, the order is
+        drawn from the random state of now, as at the start of an epoch, and `epoch` and `under_way` stay. Everything else
+        about the loader stays as well: the data set, the kind of sampler, its generator, the workers.
+
+        Raises, with everything as it was, `InvalidCommandError` for indices that are not integers of the data set, for one
+        given twice, for none, and for too few to make a batch; and `UnsupportedLoaderError` for a loader that
+        cannot be rebound: see `subsets.sampler_for`.
+        """
+        if indices is not None:
+            subset, sampler = self._sampler_of(indices)
+        elif self._obstacle is None:
+            subset, sampler = None, _index_source(self._source)
+        else:
+            raise UnsupportedLoaderError(f"this train loader cannot be bound anew: {self._obstacle}")
+        if self._resume is not None:  # as if it had been gone back to
+            resume, self._resume = self._resume, None
+            self._set_generator_states(resume["generators"])
+            self._set_sampler_epoch(resume["start"]["sampler_epoch"])
+        if self._start is not None:
+            self._passes += 1
+        self._subset, self._sampler = subset, sampler
+        self._iterator = None
+        self._drawn = None
+        self._start = None
+        self._ended = False
+        if self._order is not None:
+            self._order.length = None
+        self.batch = 0
 
     # -- position ----------------------------------------------------------------------------------------------
 
@@ -153,13 +249,17 @@ class ExactLoader:
             "start": self._start,
             "generators": self._generator_states(),
             "own": self._source.state_dict() if self._has_state else None,  # type: ignore[attr-defined]
+            "subset": self._subset,
+            "under_way": self.under_way,
+            "passes": self._passes,
+            "sampler_epoch": _sampler_epoch(self._source),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a stored position; its iterator is built when it is first needed.
 
-        Raises `StateMismatchError`, before anything changes, for a loader with other generators, or
-        one whose order is drawn as it goes with another number of workers.
+        Raises `StateMismatchError`, before anything changes, for a loader with other generators, one whose order
+        is drawn as it goes with another number of workers, or one that cannot be bound to the stored subset.
         """
         missing = set(state["generators"]) ^ set(self._generators)
         if missing:
@@ -168,7 +268,16 @@ class ExactLoader:
             )
         if (state["own"] is not None) != self._has_state:
             raise StateMismatchError("loader: one of the two loaders has a state_dict of its own, the other has not")
-        if self._draws_as_it_goes() and state["num_workers"] != self._workers:
+        subset = state.get(
+            "subset"
+        )  # not in states of before there were subsets, and neither is what else is asked for
+        sampler = _index_source(self._source) if self._obstacle is None else None
+        if subset is not None:
+            try:
+                subset, sampler = self._sampler_of(subset)
+            except (InvalidCommandError, UnsupportedLoaderError) as e:
+                raise StateMismatchError(f"loader: it does not fit the stored subset: {e}") from e
+        if self._draws_as_it_goes(sampler) and state["num_workers"] != self._workers:
             raise StateMismatchError(
                 f"loader: its order is drawn as it goes, so num_workers must stay {state['num_workers']}, not {self._workers}"
             )
@@ -178,11 +287,16 @@ class ExactLoader:
         self._exact_augmentation = state["exact_augmentation"]  # a trajectory keeps the mode it began with
         self._start = state["start"]
         self._ended = False
+        self._subset, self._sampler = subset, sampler
+        self._handed = None
+        self.under_way = state.get("under_way", self.batch > 0)
+        self._passes = state.get("passes", 0)
         if self._has_state:
             self._source.load_state_dict(state["own"])  # type: ignore[attr-defined]
         self._resume = dict(state) if state["start"] is not None else None
         if self._resume is None:
             self._set_generator_states(state["generators"])
+            self._set_sampler_epoch(state.get("sampler_epoch"))
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -205,8 +319,7 @@ class ExactLoader:
             self._warm_up()
         rng.restore(start["rng"])
         self._set_generator_states(start["generators"])
-        if start["sampler_epoch"] is not None:
-            self.set_epoch(start["sampler_epoch"])
+        self._set_sampler_epoch(start["sampler_epoch"])
         self._iterator = self._make_iterator(skip=self.batch)
         if self._order is not None:
             self._order.prime()
@@ -233,7 +346,7 @@ class ExactLoader:
         with rng.preserved():
             states = self._generator_states()
             if self._order is not None:
-                self._order.plan(skip=0, seed=None, empty=True)
+                self._order.plan(())
                 with _signals_blocked(loader):
                     iterator = iter(loader)
                 for _ in iterator:
@@ -247,10 +360,23 @@ class ExactLoader:
         if not isinstance(self._source, DataLoader) or self._has_state:
             return iter(self._source)
         loader = self._loader()
-        if self._order is not None:
-            self._order.plan(skip=skip, seed=self._epoch_seed() if self._seeds_samples() else None)
+        if self._order is None:
+            with _signals_blocked(loader):
+                return iter(loader)
+        if self._subset is not None:  # anew, since a user may change the sampler of their own between epochs
+            self._sampler = subsets.sampler_for(_index_source(self._source), self._subset)
+        self._order.plan(
+            self._sampler,
+            self._subset,
+            as_it_goes=self._draws_as_it_goes(self._sampler),
+            skip=skip,
+            seed=self._epoch_seed() if self._seeds_samples() else None,
+        )
         with _signals_blocked(loader):
-            return iter(loader)
+            iterator = iter(loader)
+        # Workers that hand batches out of order do not say which they hand out.
+        self._drawn = self._order.drawn if self._workers == 0 or self._source.in_order else None
+        return iterator
 
     def _seeds_samples(self) -> bool:
         return self._exact_augmentation and self._workers > 0 and not _is_iterable_style(self._source)
@@ -260,6 +386,8 @@ class ExactLoader:
         assert self._start is not None
         state = hashlib.blake2b(self._start["rng"]["torch"].numpy().tobytes(), digest_size=8)
         state.update(self.epoch.to_bytes(8, "little"))
+        if self._passes:  # a rebinding may find the random state that the epoch began with
+            state.update(self._passes.to_bytes(8, "little"))
         return int.from_bytes(state.digest(), "little")
 
     def _loader(self) -> DataLoader[Any]:
@@ -268,10 +396,33 @@ class ExactLoader:
             self._built, self._order = _rebuild(self._source, seeded=self._seeds_samples())
         return self._built
 
-    def _draws_as_it_goes(self) -> bool:
-        if not isinstance(self._source, DataLoader) or self._has_state or _is_iterable_style(self._source):
+    def _sampler_of(self, indices: Indices) -> tuple[torch.Tensor, Any]:
+        """A subset of these samples, and a sampler of places in it."""
+        if self._obstacle is not None:
+            raise UnsupportedLoaderError(f"this train loader cannot be bound to a subset: {self._obstacle}")
+        assert isinstance(self._source, DataLoader)
+        length = _length(self._source.dataset)
+        if length is None:
+            name = type(self._source.dataset).__name__
+            raise UnsupportedLoaderError(f"{name} has no length, so indices cannot be checked: give it a __len__")
+        subset = subsets.checked(indices, length)
+        sampler = subsets.sampler_for(_index_source(self._source), subset)
+        if _length(sampler) == 0:
+            raise InvalidCommandError(
+                f"{len(subset)} samples give no whole batch, and the loader drops what is less: choose more samples"
+            )
+        return subset, sampler
+
+    def _draws_as_it_goes(self, sampler: Any) -> bool:
+        """Whether the order over this sampler is drawn as it is needed, not whole at the start."""
+        if sampler is None:
             return False
-        return _draws_as_it_goes(_index_source(self._source), self._source.batch_size or 1)
+        length = _length(sampler)
+        return length is None or length * (getattr(self._source, "batch_size", None) or 1) > _HUGE_EPOCH
+
+    def _set_sampler_epoch(self, epoch: int | None) -> None:
+        if epoch is not None:
+            self.set_epoch(epoch)
 
     def _generator_states(self) -> dict[str, Any]:
         return {path: rng.generator_state(generator) for path, generator in self._generators.items()}
@@ -373,19 +524,29 @@ class _SeededBatch:
 class _Order:
     """Stands where the sampler stood: hands out the same indices, some skipped, each knowing its position."""
 
-    def __init__(self, source: Iterable[Any], *, batched: bool, as_it_goes: bool) -> None:
+    def __init__(self, *, batched: bool) -> None:
         self.length: int | None = None
-        self._source = source
         self._batched = batched
-        self._as_it_goes = as_it_goes
+        self._source: Iterable[Any] = ()
+        self._lookup: memoryview | None = None
+        self._as_it_goes = False
         self._skip = 0
         self._seed: int | None = None
-        self._empty = False
         self._latest: _Draws | None = None
 
-    def plan(self, *, skip: int, seed: int | None, empty: bool = False) -> None:
-        """Say what the next iterator does: drop so many, seed from that, or give nothing at all."""
-        self._skip, self._seed, self._empty = skip, seed, empty
+    def plan(
+        self,
+        source: Iterable[Any],
+        subset: torch.Tensor | None = None,
+        *,
+        as_it_goes: bool = False,
+        skip: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        """Say what the next iterator does: draw from that, in a subset look up what was drawn, drop so many, seed from that."""
+        self._source = source
+        self._lookup = None if subset is None else subset.numpy().data  # a list of a million ints takes 40 MB
+        self._as_it_goes, self._skip, self._seed = as_it_goes, skip, seed
         self.length = None
 
     def prime(self) -> None:
@@ -393,12 +554,16 @@ class _Order:
         assert self._latest is not None
         self._latest.prime()
 
+    @property
+    def drawn(self) -> deque[Any]:
+        """What the latest iterator handed out, without what was skipped. Whoever uses it takes from the left."""
+        assert self._latest is not None
+        return self._latest.drawn
+
     def __iter__(self) -> Iterator[Any]:
-        if self._empty:
-            return iter(())
         # A sampler whose __iter__ draws at once must be asked as often as PyTorch asks (twice, with
         # workers), one that draws lazily must not be started: so iter() here, next() later.
-        self._latest = _Draws(self, iter(self._source), self._skip, self._seed)
+        self._latest = _Draws(self, iter(self._source), self._lookup, self._skip, self._seed)
         return self._latest
 
     def __len__(self) -> int:
@@ -406,11 +571,15 @@ class _Order:
 
 
 class _Draws:
-    """One epoch's indices."""
+    """One pass's indices."""
 
-    def __init__(self, order: _Order, source: Iterator[Any], skip: int, seed: int | None) -> None:
+    def __init__(
+        self, order: _Order, source: Iterator[Any], lookup: memoryview | None, skip: int, seed: int | None
+    ) -> None:
+        self.drawn: deque[Any] = deque()
         self._order = order
         self._source = source
+        self._lookup = lookup
         self._skip = skip
         self._seed = seed
         self._position = 0
@@ -442,11 +611,36 @@ class _Draws:
         indices = next(self._source)
         if self._order._batched:
             indices = list(indices)
+        if self._lookup is not None:
+            indices = _looked_up(self._lookup, indices)
+        self.drawn.append(indices)
         if self._seed is None:
             return indices
         batch = _SeededBatch(self._seed, self._position, indices)
         self._position += len(indices) if self._order._batched else 1
         return batch
+
+
+def _looked_up(subset: memoryview, places: Any) -> Any:
+    """The samples at these places of a subset: a list of them, or one where the loader does not batch."""
+    try:
+        if isinstance(places, list):
+            return list(map(subset.__getitem__, places))
+        return subset[operator.index(places)]
+    except (IndexError, TypeError) as e:
+        raise UnsupportedLoaderError(
+            f"the sampler for the subset gave {places!r}: it must give integers from 0 to {len(subset) - 1}"
+        ) from e
+
+
+def _positions(handed: Any) -> np.ndarray[Any, Any] | None:
+    if handed is None:
+        return None
+    several = isinstance(handed, list) or getattr(handed, "ndim", 0) == 1
+    try:
+        return np.fromiter(map(operator.index, handed if several else [handed]), np.int64)
+    except (TypeError, OverflowError):  # a sampler may give anything that the data set takes
+        return None
 
 
 class _SeededDataset:
@@ -570,20 +764,28 @@ def _rebuild(loader: DataLoader[Any], *, seeded: bool) -> tuple[DataLoader[Any],
         shape: dict[str, Any] = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
         return DataLoader(loader.dataset, **shape, **arguments), None
     batched = loader.batch_sampler is not None
-    source = _index_source(loader)
-    order = _Order(source, batched=batched, as_it_goes=_draws_as_it_goes(source, loader.batch_size or 1))
+    order = _Order(batched=batched)
     place: dict[str, Any] = {"batch_sampler": order} if batched else {"sampler": order, "batch_size": None}
     dataset: Any = _SeededDataset(loader.dataset) if seeded else loader.dataset
     return DataLoader(dataset, **place, **arguments), order
 
 
-def _index_source(loader: DataLoader[Any]) -> Iterable[Any]:
+def _obstacle_to_subsets(loader: Any) -> str | None:
+    """What keeps a loader from being bound to a subset, and what to do about it."""
+    name = type(loader).__name__
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        return (
+            f"a {name} keeps its position itself; use a torch.utils.data.DataLoader, or make this one from the subset"
+        )
+    if not isinstance(loader, DataLoader):
+        return f"a {name} has no data set to choose from; use a torch.utils.data.DataLoader"
+    if _is_iterable_style(loader):
+        return f"its data set, a {type(loader.dataset).__name__}, is an IterableDataset, which has no indices; filter the samples there"
+    return None
+
+
+def _index_source(loader: Any) -> Any:
     return loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
-
-
-def _draws_as_it_goes(source: Iterable[Any], batch_size: int) -> bool:
-    length = _length(source)
-    return length is None or length * batch_size > _HUGE_EPOCH
 
 
 def _length(source: Any) -> int | None:
