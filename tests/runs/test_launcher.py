@@ -319,7 +319,7 @@ def test_what_is_being_made_ready_at_the_close_is_not_started(launcher, told, or
     assert [(word, run) for word, run, *_ in told.all] == [("failed", "fork1")]
 
 
-def test_a_launcher_can_be_used_and_closed_by_its_own_callbacks(told, order, wait_until):
+def test_a_launcher_can_be_used_and_closed_by_its_own_callbacks(told, order, wait_until, caplog):
     def end(run, code, words):
         told.callbacks["on_ended"](run, code, words)
         if run == "one":
@@ -331,6 +331,7 @@ def test_a_launcher_can_be_used_and_closed_by_its_own_callbacks(told, order, wai
     launcher.submit(order("one", ""))
     wait_until(lambda: "onthefly-launcher" not in [thread.name for thread in threading.enumerate()])
     assert told.of("ended") == [("one", 0, ""), ("two", 0, "here")]
+    assert caplog.records == []
 
 
 def test_a_callback_that_fails_is_logged_and_the_others_are_told(told, order, wait_until, caplog):
@@ -397,7 +398,7 @@ def test_a_child_lives_on_when_its_parent_and_its_group_are_killed(order, tmp_pa
             process.wait()
 
 
-def test_signals_that_the_parent_ignores_or_blocks_reach_the_child(order, tmp_path):
+def test_a_child_has_its_own_input_and_the_signals_that_the_parent_ignores_or_blocks(order, tmp_path):
     child = order("fork1", TELLS)
     parent = tmp_path / "parent.py"
     parent.write_text(
@@ -410,8 +411,9 @@ def test_signals_that_the_parent_ignores_or_blocks_reach_the_child(order, tmp_pa
         "launcher.submit(Order('fork1', launch, {}, Path('log')))\n"
         "ended.wait()\n"
     )
-    done = subprocess.run([sys.executable, parent], cwd=tmp_path, capture_output=True, check=True)
+    done = subprocess.run([sys.executable, parent], cwd=tmp_path, input=b"to it", capture_output=True, check=True)
     found = json.loads(done.stdout)
+    assert found["input"] == ""
     assert found["ignored"] == [signal.SIGPIPE, signal.SIGXFSZ]  # by Python itself
     assert found["blocked"] == []
 
