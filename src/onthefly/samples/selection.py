@@ -77,12 +77,16 @@ class Selection:
         """The blake3 of its manifest, 64 hex digits."""
         return blake3(_canonical(self.manifest())).hexdigest()
 
+    @property
+    def _name(self) -> str:
+        return f"selection-{self.digest[:_NAME_DIGITS]}.arrow"
+
     def write(self, folder: Path) -> Path:
         """Make it durable in a folder as ``selection-<first 16 digits of the digest>.arrow``, and give its path.
 
         One that is there already is left alone, unless it is damaged. Raises `StoreError` when the disk does not take it.
         """
-        target = folder / f"selection-{self.digest[:_NAME_DIGITS]}.arrow"
+        target = folder / self._name
         with suppress(StoreError):
             if target.exists() and Selection.read(target) == self:
                 return target
@@ -104,7 +108,7 @@ class Selection:
 
     @classmethod
     def read(cls, path: Path) -> Selection:
-        """The selection in a file. Raises `StoreError`, naming the file, for one that is missing, altered or foreign."""
+        """The selection in a file. Raises `StoreError`, naming the file, for one that is missing, altered, renamed or foreign."""
         try:
             content = Path(path).read_bytes()
             with pa.ipc.open_file(pa.BufferReader(content)) as reader:
@@ -119,6 +123,8 @@ class Selection:
             found = cls(manifest["recipe"], indices, manifest["length"], tuple(manifest["sources"]))
             if found.manifest() != manifest:
                 raise ValueError("its indices are not those of its manifest")
+            if Path(path).name != found._name:  # the only proof of the manifest itself
+                raise ValueError(f"by its content it would be called {found._name}")
             return found
         except FileNotFoundError as e:
             raise StoreError(f"{path}: there is no such selection") from e

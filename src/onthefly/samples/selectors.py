@@ -68,8 +68,8 @@ def cluster_labels(embeddings: np.ndarray, k: int, seed: int) -> np.ndarray:
     Cluster 0 is the largest. A sample whose embedding is not finite has -1. Raises `MissingPartError` without scikit-learn.
     """
     try:
-        from sklearn.cluster import MiniBatchKMeans
-        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.cluster import MiniBatchKMeans  # type: ignore[import-untyped]
+        from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
     except ImportError as e:
         raise MissingPartError("clusters need scikit-learn: pip install 'onthefly[cluster]'") from e
     if embeddings.ndim != 2:
@@ -172,7 +172,8 @@ def suspects_by_scan(
         log_other = np.log(sure) - margin[rows]
     # A confidence that is 0 in float32 says nothing but that the prediction has about all of the probability.
     other = np.where(sure > 0, np.exp(np.minimum(log_other, 0.0)), 1.0)
-    return rows[(given != said) & (other >= thresholds[said_class])].astype(np.int64)
+    wrong: np.ndarray = (given != said) & (other >= thresholds[said_class])
+    return np.sort(rows[wrong])
 
 
 def noise_aware_hard(values: np.ndarray, fraction: float, suspected: np.ndarray) -> np.ndarray:

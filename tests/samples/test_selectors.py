@@ -1,0 +1,70 @@
+"""Selectors, against plain Python."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onthefly.errors import InvalidCommandError
+from onthefly.samples import selectors
+
+unhurried = settings(deadline=None)
+rough = st.lists(st.sampled_from([0.0, 1.0, 2.0, -1.0, np.nan, np.inf]), min_size=1, max_size=30)
+
+
+@unhurried
+@given(rough, st.integers(1, 30))
+def test_top_takes_the_largest_and_of_equals_the_first(values, k):
+    finite = [i for i, value in enumerate(values) if np.isfinite(value)]
+    if k > len(finite):
+        with pytest.raises(InvalidCommandError):
+            selectors.top(np.array(values), k)
+    else:
+        expected = sorted(sorted(finite, key=lambda i: (-values[i], i))[:k])
+        assert selectors.top(np.array(values), k).tolist() == expected
+
+
+@unhurried
+@given(rough, st.integers(1, 5), st.integers(0, 2**32))
+def test_class_top_takes_as_many_of_each_class(values, k, seed):
+    labels = np.random.default_rng(seed).integers(-1, 3, len(values))
+    expected = []
+    for label in range(3):
+        rows = [i for i, value in enumerate(values) if np.isfinite(value) and labels[i] == label]
+        expected += sorted(rows, key=lambda i: (-values[i], i))[:k]
+    if expected:
+        assert selectors.class_balanced_top(np.array(values), labels, k).tolist() == sorted(expected)
+    else:
+        with pytest.raises(InvalidCommandError):
+            selectors.class_balanced_top(np.array(values), labels, k)
+
+
+def test_what_is_not_finite_shifts_no_quantile():
+    values = np.array([np.nan, 0, 1, 2, 3, 4, np.inf, np.nan])
+    assert selectors.quantile(values, 0.75, 1).tolist() == [4, 5]
+
+
+def test_scan_suspects_are_confidently_something_else():
+    confidence = np.array([0.9, 0.8, 0.9, 0.02, 0.45, np.nan])
+    other = np.array([0.1, 0.2, 0.1, 0.97, 0.55, np.nan])
+    label, prediction = np.array([0, 0, 1, 1, 1, -1]), np.array([0, 0, 1, 0, 0, -1])
+    margin = np.log(confidence / other)
+    # Class 0's threshold is 0.85: sample 3 is above it, sample 4 is not.
+    assert selectors.suspects_by_scan(confidence, margin, prediction, label).tolist() == [3]
+
+
+def test_dynamics_suspects_stayed_low():
+    seen = np.array([5, 5, 5, 5, 5, 2])
+    mean = np.array([0.9, 0.95, 0.9, 0.05, 0.3, 0.01])
+    spread = np.array([0.1, 0.05, 0.1, 0.05, 0.4, 0.0])  # sample 4 was learned late
+    none = np.full(6, np.nan)
+    assert selectors.suspects_by_dynamics(seen, mean, spread, none).tolist() == [3]
+    assert selectors.suspects_by_dynamics(seen, mean, spread, none + 0).dtype == np.int64
+    assert not len(selectors.suspects_by_dynamics(seen, mean, spread, np.ones(6)))
+
+
+def test_clusters_are_found_and_numbered_by_size():
+    points = np.r_[np.zeros((30, 2)), np.full((10, 2), 9.0), np.full((1, 2), np.nan)]
+    labels = selectors.cluster_labels(points, 2, seed=0)
+    assert labels.tolist() == [0] * 30 + [1] * 10 + [-1]
+    assert selectors.clusters(points, 2, which=[1]).tolist() == list(range(30, 40))
