@@ -68,3 +68,22 @@ def test_clusters_are_found_and_numbered_by_size():
     labels = selectors.cluster_labels(points, 2, seed=0)
     assert labels.tolist() == [0] * 30 + [1] * 10 + [-1]
     assert selectors.clusters(points, 2, which=[1]).tolist() == list(range(30, 40))
+
+
+some = st.sets(st.integers(0, 40)).map(lambda found: np.array(sorted(found), np.int64))
+
+
+@unhurried
+@given(some, some)
+def test_the_algebra_is_that_of_sets(first, second):
+    one, other = set(first.tolist()), set(second.tolist())
+    assert selectors.union(first, second).tolist() == sorted(one | other)
+    assert selectors.intersection(first, second).tolist() == sorted(one & other)
+    assert selectors.difference(first, second).tolist() == sorted(one - other)
+
+
+def test_class_numbers_far_apart_take_no_memory():
+    confidence, far = np.array([0.9, 0.01]), 2**40
+    margin = np.log(confidence / np.array([0.1, 0.99]))
+    label, prediction = np.array([far, 3]), np.array([far, far])
+    assert selectors.suspects_by_scan(confidence, margin, prediction, label).tolist() == [1]

@@ -166,16 +166,18 @@ def suspects_by_scan(
     if not len(rows):
         return np.empty(0, np.int64)
     sure, given, said = confidence[rows].astype(np.float64), label[rows], prediction[rows]
-    classes, of = np.unique(np.concatenate([given, said]), return_inverse=True)
-    given_class, said_class = of[: len(rows)], of[len(rows) :]
-    count = np.bincount(given_class, minlength=len(classes))
-    total = np.bincount(given_class, weights=sure, minlength=len(classes))
+    classes = int(max(given.max(), said.max())) + 1
+    if classes > len(label) + 2**16:  # numbers far apart: count places, not numbers
+        given, said = np.unique(np.concatenate([given, said]), return_inverse=True)[1].reshape(2, -1)
+        classes = int(max(given.max(), said.max())) + 1
+    count = np.bincount(given, minlength=classes)
+    total = np.bincount(given, weights=sure, minlength=classes)
     thresholds = np.where(count > 0, total / np.maximum(count, 1), np.inf)  # a class without labels judges nobody
     with np.errstate(divide="ignore", over="ignore"):
         log_other = np.log(sure) - margin[rows]
     # A confidence that is 0 in float32 says nothing but that the prediction has about all of the probability.
     other = np.where(sure > 0, np.exp(np.minimum(log_other, 0.0)), 1.0)
-    wrong: np.ndarray = (given != said) & (other >= thresholds[said_class])
+    wrong: np.ndarray = (given != said) & (other >= thresholds[said])
     return np.sort(rows[wrong])
 
 
@@ -186,17 +188,18 @@ def noise_aware_hard(values: np.ndarray, fraction: float, suspected: np.ndarray)
 
 def union(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Samples in either."""
-    return np.union1d(first, second)
+    both = np.sort(np.concatenate([first, second]), kind="stable")  # merges what is sorted already
+    return both[np.r_[True, both[1:] != both[:-1]]] if len(both) else both
 
 
 def intersection(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Samples in both."""
-    return np.intersect1d(first, second, assume_unique=True)
+    return first[np.isin(first, second, kind="table")]
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Samples in the first and not in the second."""
-    return np.setdiff1d(first, second, assume_unique=True)
+    return first[~np.isin(first, second, kind="table")]
 
 
 def _numbers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,7 @@
-"""Seconds of every selector on 1M samples, and of k-means on 100k embeddings of 128 numbers."""
+"""Seconds of every selector on 1M samples, and of k-means on 100k embeddings of 128 numbers.
+
+Not called `selectors`: Python has a module of that name, which every benchmark here that starts a process would then miss.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--samples", type=int, default=1_000_000)
     options = parser.parse_args()
-    report = Report("selectors")
+    report = Report("sample_selectors")
     n = options.samples
     columns = values(n)
     by_scan = {name: columns[name] for name in SCAN}
