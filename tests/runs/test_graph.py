@@ -4,13 +4,13 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from onthefly.errors import StoreError
 from onthefly.runs.graph import GraphLine, draw
 
-unhurried = settings(deadline=None)  # the machine may be busy
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 
 @dataclass(frozen=True)

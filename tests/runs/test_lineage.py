@@ -6,13 +6,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onthefly.errors import StoreError, UnknownReferenceError
 from onthefly.runs.lineage import START, Lineage, Segment
 
-unhurried = settings(deadline=None)  # the machine may be busy
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from blake3 import blake3
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onthefly.errors import InvalidCommandError, SchemaVersionError, StoreError, UnsupportedValueError
 from onthefly.runs.manifest import Manifest, Parent, canonical, code_version, read
 
-unhurried = settings(deadline=None)  # the machine may be busy
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 scalars = st.none() | st.booleans() | st.integers() | st.integers(-(2**200), 2**200) | finite | st.text()
@@ -149,6 +149,7 @@ def test_what_contains_itself_is_refused():
         canonical(value)
 
 
+@unhurried
 @given(st.binary())
 def test_an_argument_that_is_no_utf8_is_read_back_as_the_same_bytes(word):
     text = canonical([os.fsdecode(word)])
@@ -173,7 +174,7 @@ def test_the_file_is_on_this_very_content(tmp_path):
     assert path == tmp_path / f"{FORK.digest[:16]}.json"
 
 
-@settings(deadline=None, max_examples=40)  # each is made durable
+@settings(unhurried, max_examples=40)  # each is made durable
 @given(manifest=manifests)
 def test_what_was_written_is_read_back_equal(tmp_path_factory, manifest):
     folder = tmp_path_factory.getbasetemp() / "manifests"
