@@ -42,6 +42,10 @@ class SessionConfig:
     """States that may be on their way to the disk at once; each takes as much memory as the state."""
     ckpt_when_busy: Literal["wait", "skip"] = "wait"
     """What a save that is due by steps or minutes does while all slots are in use; either way it is an event."""
+    beside: int = 2
+    """How many runs that this session started beside itself may run at once; more wait for their turn."""
+    undo: bool = True
+    """Save the state before a value or the samples are changed, so that the change can be taken back."""
     best_metric: str = "val_loss"
     """The logged number whose lowest value marks the best checkpoint. It must be logged in the step that is saved."""
     max_epochs: int | None = None
@@ -56,7 +60,7 @@ class SessionConfig:
     """Finish the step, save and leave on SIGINT and SIGTERM (only in the main thread)."""
 
     def __post_init__(self) -> None:
-        positive = ("ckpt_keep", "ckpt_keep_every", "ckpt_every_steps", "ckpt_every_minutes", "ckpt_slots")
+        positive = ("ckpt_keep", "ckpt_keep_every", "ckpt_every_steps", "ckpt_every_minutes", "ckpt_slots", "beside")
         for name in (*positive, "max_epochs", "max_steps", "grad_clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:

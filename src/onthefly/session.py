@@ -19,22 +19,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
+from onthefly.checkpoints.format import CheckpointFile
 from onthefly.config import SessionConfig
 from onthefly.control import actions, commands, start
+from onthefly.control.beside import Beside
+from onthefly.control.branches import Branches
+from onthefly.control.changes import Changed, Changes
 from onthefly.control.checkpointer import Checkpointer
 from onthefly.control.gate import Gate, Request
 from onthefly.control.gradients import GradientWatch
+from onthefly.control.provenance import Provenance
 from onthefly.control.recorder import Recorder
 from onthefly.control.ring import Kept, Ring
+from onthefly.control.sampling import Inputs, Sampling
 from onthefly.control.signals import Signals
 from onthefly.control.start import Start
 from onthefly.errors import (
@@ -47,24 +53,14 @@ from onthefly.errors import (
     UnsupportedValueError,
     said,
 )
-from onthefly.state.knobs import Change, Knob, Knobs
+from onthefly.samples.dynamics import Dynamics
+from onthefly.samples.scan import ScanStopped
+from onthefly.state.knobs import Knob, Knobs
 from onthefly.state.loader import END, ExactLoader, SideLoaders
 from onthefly.state.train_state import TrainState, Value
 
 _INTERVAL = "interval"
 _PATIENCE = 16  # boundaries that a command waits for pending gradients to be used
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the session was given and only some commands need."""
-
-    val_loader: Any = None
-    test_loader: Any = None
-    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None
-    per_sample_loss: Callable[[Any, Any], torch.Tensor] | None = None
-    embed: Callable[..., torch.Tensor] | None = None
-    model_factory: Callable[[], nn.Module] | None = None
 
 
 def attach(
@@ -109,9 +105,13 @@ def attach(
     state.add("side_loaders", SideLoaders({"val": val_loader, "test": test_loader}))
     if config.grad_clip is not None:
         knobs.set({"grad_clip": config.grad_clip})
-    inputs = Inputs(val_loader, test_loader, loss_fn, per_sample_loss, embed, model_factory)
+    inputs = Inputs(train_loader, val_loader, test_loader, loss_fn, per_sample_loss, embed, model_factory)
+    samples = loader.samples if loader is not None else None
+    dynamics = Dynamics(samples) if samples is not None else None
+    if dynamics is not None:
+        state.add("dynamics", dynamics)
     inexact = [*(loader.inexact if loader is not None else []), *_untracked_schedulers(state, schedulers)]
-    return Session(state, knobs, loader, inputs, start.begin(config, inexact))
+    return Session(state, knobs, loader, dynamics, inputs, start.begin(config, inexact))
 
 
 class Session:
@@ -121,12 +121,19 @@ class Session:
     """
 
     def __init__(
-        self, state: TrainState, knobs: Knobs, loader: ExactLoader | None, inputs: Inputs, begun: Start
+        self,
+        state: TrainState,
+        knobs: Knobs,
+        loader: ExactLoader | None,
+        dynamics: Dynamics | None,
+        inputs: Inputs,
+        begun: Start,
     ) -> None:
         self.inputs = inputs
         self._state = state
         self._knobs = knobs
         self._loader = loader
+        self._dynamics = dynamics
         self._start = begun
         self._config = begun.config
         self._counters = state.counters
@@ -134,8 +141,23 @@ class Session:
         self._gate = Gate()
         self._watch = GradientWatch(state.optimizers, lambda: self.step)
         self._signals = Signals(self._gate)
-        self._ring = Ring(begun.folder, self._history, self._config, begun.kept)
-        self._checkpointer = Checkpointer(state, self._ring, self._history, self._config, self._raise_gate)
+        ring = Ring(begun.folder, self._history, self._config, begun.kept, begun.needed)
+        self._checkpointer = Checkpointer(state, ring, self._history, self._config, self._raise_gate)
+        self._changes = Changes(knobs, loader, begun.selections, begun.again, self._checkpointer.changed)
+        self._beside = Beside(begun, self._history, lambda: (self.step, self.epoch))
+        self.branches = Branches(
+            begun,
+            state,
+            self._history,
+            self._checkpointer,
+            self._changes,
+            Provenance(begun),
+            save=self.save,
+            check=self._check_fit,
+            put_back=self._put_back,
+            start_beside=self._beside.start,
+        )
+        self.sampling = Sampling(state, loader, dynamics, inputs, begun, self._history, self.save, self._look_up)
         self._recorder = Recorder(begun.store, begun.session, begun.journal, self._gate, self._status, self._is_due)
         self._log = logging.getLogger("onthefly")
         self._pid = os.getpid()
@@ -143,7 +165,6 @@ class Session:
         self._in_body = False  # of an epoch that `epochs` has handed out: that one
         self._body_epoch = 0
         self._jumping = False  # the body is being left for another epoch; what it still does is no part of the run
-        self._again = list(begun.again)
         self._waiting: list[Request] = []
         self._waited = 0
         self._begun = self._done = self._closed = False
@@ -180,8 +201,18 @@ class Session:
 
     @property
     def iteration(self) -> int:
-        """Batches handed out in this epoch; without a loader, the step."""
+        """Batches handed out in this epoch, of the samples that are trained on now; without a loader, the step."""
         return self._loader.batch if self._loader is not None else self.step
+
+    @property
+    def batches(self) -> int | None:
+        """Batches in a whole epoch of the samples that are trained on now, or None where that is not known."""
+        return self._loader.batches if self._loader is not None else None
+
+    @property
+    def indices(self) -> npt.NDArray[np.int64] | None:
+        """Which samples of the data set the last batch is made of, in its order, or None where that cannot be known."""
+        return self._loader.indices if self._loader is not None else None
 
     @property
     def run(self) -> str:
@@ -209,7 +240,7 @@ class Session:
         ended = False
         try:
             while True:
-                if loader.batch == 0:
+                if not loader.under_way:
                     self._boundary("epoch" if ended and self._config.ckpt_every_epoch else None)
                 if self._epochs_are_over() or self._steps_are_over():
                     break
@@ -221,7 +252,7 @@ class Session:
         finally:
             self._epochs = None
             self._in_body = False
-        self._finish(save=loader.batch == 0)
+        self._finish(save=not loader.under_way)
 
     def __iter__(self) -> Iterator[Any]:
         """The rest of this epoch inside `epochs`; elsewhere all batches up to `max_epochs` and `max_steps`."""
@@ -237,11 +268,11 @@ class Session:
         self._go_on()
         ended = False
         while True:
-            if loader.batch == 0:
+            if not loader.under_way:
                 self._boundary("epoch" if ended and self._config.ckpt_every_epoch else None)
             if self._epochs_are_over() or self._steps_are_over():
                 break
-            if loader.batch == 0:
+            if not loader.under_way:
                 loader.set_epoch(self.epoch)
             yield from self._batches(loader)
             ended = self._end_epoch_if_done()
@@ -282,6 +313,28 @@ class Session:
             counters[f"{best}_step"] = step
             self._checkpointer.changed()
         self._history.metrics(step, epoch, plain)
+
+    def log_samples(self, losses: Any, *, correct: Any = None, margins: Any = None, indices: Any = None) -> None:
+        """Record the loss of every sample of the batch in hand: what training computes anyway tells hard samples from mislabelled ones.
+
+        `losses`: a tensor or array [N] in the order of the batch; `correct` (bool) and `margins` (logit of the true class minus the
+        largest other), of the same length, if there are any. `indices`: which samples of the data set they are; by default those
+        of the last batch. A tensor on an accelerator is not waited for.
+
+        Raises `InvalidCommandError` for other shapes, and `MissingPartError` where the session cannot know the batch's samples.
+        """
+        if self._jumping:
+            return
+        if self._dynamics is None:
+            raise MissingPartError(
+                "log_samples needs a train_loader whose data set has a length, and attach was given none"
+            )
+        if indices is None and (indices := self.indices) is None:
+            raise MissingPartError(
+                "this loader does not tell which samples a batch is made of: pass log_samples(..., indices=)"
+            )
+        self._dynamics.record(indices, losses, correct, margins)
+        self._checkpointer.changed()
 
     def track(self, **objects: Any) -> None:
         """Make anything with `state_dict` and `load_state_dict`, or a random generator, part of the train state.
@@ -341,61 +394,11 @@ class Session:
         """Remove a checkpoint of this run. Raises `InvalidCommandError` for any other, and for one that it stands on."""
         self._checkpointer.settle()
         self._checkpointer.changed()
-        return self._ring.remove(path)
+        return self._checkpointer.ring.remove(path)
 
-    def load(self, path: Path, *, content: str | None = None, reason: str) -> Kept:
-        """Put a checkpoint's state into the live objects; the run goes on from there as a new generation.
-
-        Code at the start of an epoch's body must run as it did before the checkpoint, under the epoch's own number. So a
-        load into another epoch, or to the start of this one, ends the batches; what the body does after them leaves
-        no trace; and the state is put back once more at the boundary that it belongs to.
-        """
-        self._checkpointer.settle()
-        value, file = self._checkpointer.read(path, content)
-        knobs = self._knobs.unclaimed_of(value.get("knobs"))
-        if unclaimed := [*self._state.unclaimed(value), *(f"knob {name}" for name in knobs)]:
-            raise StateMismatchError(f"{path}: nobody here tracks {', '.join(unclaimed)}, which it holds")
-        self._checkpointer.changed()
-        try:
-            self._state.restore(value, copy=file.copy)
-        except HalfRestoredError as e:
-            self.leave("failed", e.exit_code)  # without saving: this is no state of anything
-            raise
-        self._watch.forget()
-        self._again.clear()
-        batch = self._loader.batch if self._loader is not None else 0
-        if self._in_body:
-            self._jumping = batch == 0 or self.epoch != self._body_epoch
-        if self._jumping or (self._epochs is not None and not self._in_body and batch > 0):
-            self._entering = value
-        kept = Kept(path, file.hash, file.size, self.generation, self.step, self.epoch, reason, False, None)
-        base = {"path": str(path), "hash": file.hash, "step": self.step, "epoch": self.epoch}
-        self._history.begin_generation(self.step, self.epoch, reason, base)
-        self._checkpointer.changed()
-        self._checkpointer.postpone()
-        self._ring.need([path])
-        self._ring.leave_line(self.step)
-        if self._ring.find(path) is None:  # somebody else may remove it: a generation's beginning must stay
-            self.save("load", goes_on=False)
-        self._plan()
-        return kept
-
-    def reset(self) -> Kept:
-        """Go back to the run's origin, and let its other checkpoints go."""
-        self._checkpointer.settle()
-        origin = self._ring.origin()
-        kept = self.load(origin.path, content=origin.hash, reason="reset")
-        self._ring.clear()
-        return kept
-
-    def set(self, values: Mapping[str, Any], *, hold: bool = False, release: bool = False) -> list[Change]:
+    def set(self, values: Mapping[str, Any], *, hold: bool = False, release: bool = False) -> Changed:
         """Change live values, for the steps from this boundary on."""
-        changes = self._knobs.set(values, hold=hold, release=release)
-        if changes:
-            arguments = {"values": dict(values), "hold": hold, "release": release}
-            self.record("command", kind="set", arguments=arguments, changed=[_change(c) for c in changes])
-            self._checkpointer.changed()
-        return changes
+        return self.branches.change(commands.SetValue(values=dict(values), hold=hold, release=release))
 
     def model(self) -> nn.Module:
         """The model to test. Raises `MissingPartError` when there are several."""
@@ -414,7 +417,7 @@ class Session:
         counters, gate = self._counters, self._gate
         while not (loader.exhausted or self._jumping):
             # Before an epoch's first batch, whoever called has been at the boundary. This line is what a step costs.
-            if loader.batch and (gate.raised or counters["step"] >= self._attend_at):  # type: ignore[operator]
+            if loader.under_way and (gate.raised or counters["step"] >= self._attend_at):  # type: ignore[operator]
                 self._attend()
                 if self._steps_are_over():
                     self.save(
@@ -483,10 +486,11 @@ class Session:
         elif self._start.until is None:
             # A run that begins anew, killed before its origin was durable: what it was told at the start comes first, or the
             # next process would take it for a part of this origin.
-            self._repeat_commands()
+            self._changes.repeat(self.step, self.epoch)
             origin = self._checkpointer.save("origin")
             if origin.done() and isinstance(refused := origin.exception(), StateError):
                 raise refused  # it would be so at every save
+            self.branches.root_began(origin)
         self.record("sessionStarted", session=self._start.session, resumed=self._start.resumed)
 
     def _attend(self, save: str | None = None) -> None:
@@ -501,7 +505,7 @@ class Session:
         self._gate.raised = False
         self._checkpointer.save_again(gradients=self._watch.pending())
         self._due_save = save or self._due_save
-        self._repeat_commands()
+        self._changes.repeat(self.step, self.epoch)
         if self._start.until is not None and self._start.until.reached(self.step, self.epoch):
             self._start.until.write(self._state)
             self._leave("replayed", 0)
@@ -576,26 +580,21 @@ class Session:
         if self._leaving is not None:
             self._leave(*self._leaving)
 
-    def _answer(self, command: str, result: actions.Result | Future[Kept], step: int, epoch: int) -> None:
+    def _answer(self, command: str, result: actions.Answer, step: int, epoch: int) -> None:
         if not isinstance(result, Future):
             self._history.result(command, step, epoch, result=result)
             return
 
-        def answer(saved: Future[Kept]) -> None:  # on the writer's thread, once the checkpoint is durable
-            if isinstance(e := saved.exception(), OnTheFlyError):
+        def answer(done: Future[Any]) -> None:  # on the writer's thread, once a checkpoint is durable
+            if isinstance(e := done.exception(), OnTheFlyError):
                 self._history.result(command, step, epoch, error=_error(e, said(e), e.exit_code))
             else:
-                self._history.result(command, step, epoch, result=actions.told(saved.result()))
+                found = done.result()
+                told = actions.told(found) if isinstance(found, Kept) else found
+                self._history.result(command, step, epoch, result=told)
             self._recorder.hurry()
 
         result.add_done_callback(answer)
-
-    def _repeat_commands(self) -> None:
-        """Apply the commands that an earlier process was given at this very boundary."""
-        while self._again and self._again[0].is_due(self.step, self.epoch):
-            due = self._again.pop(0)
-            self._knobs.set(due.command.values, hold=due.command.hold, release=due.command.release)
-            self._checkpointer.changed()
 
     def _obey_signal(self, number: int) -> None:
         interrupted = number == signal.SIGINT
@@ -604,8 +603,7 @@ class Session:
 
     def _plan(self) -> None:
         """Find the next step at which there is something to do."""
-        steps = [self._checkpointer.next_step if self._entering is None else 0]
-        steps += [due.step for due in self._again[:1]]
+        steps = [self._checkpointer.next_step if self._entering is None else 0, self._changes.next_step]
         if self._start.until is not None:
             steps.append(self._start.until.step)
         if self._config.max_steps is not None:
@@ -622,9 +620,38 @@ class Session:
         self._state.restore(value, self._state.names, random_state=False, copy=file.copy)
         self._counters.update(value["counters"])
         self._entering = value
-        self._checkpointer.adopt(self._ring.find(base.path))
-        if self._start.needed is not None:
-            self._ring.need([self._start.needed])
+        self._checkpointer.adopt(self._checkpointer.ring.find(base.path))
+
+    def _check_fit(self, path: Path, value: Value) -> None:
+        """Raises `StateMismatchError` for a state that these live objects cannot take."""
+        knobs = self._knobs.unclaimed_of(value.get("knobs"))
+        if unclaimed := [*self._state.unclaimed(value), *(f"knob {name}" for name in knobs)]:
+            raise StateMismatchError(f"{path}: nobody here tracks {', '.join(unclaimed)}, which it holds")
+        self._state.check(value)
+
+    def _put_back(self, value: Value, file: CheckpointFile) -> bool:
+        """Put a state into the live objects; whether the training stands at the state's own boundary then.
+
+        Code at the start of an epoch's body must run as it did before the checkpoint, under the epoch's own number. So a
+        state of another epoch, or of the start of this one, ends the batches; what the body does after them leaves
+        no trace; and the state is put back once more at the boundary that it belongs to.
+        """
+        self._checkpointer.changed()
+        try:
+            self._state.restore(value, copy=file.copy)
+        except HalfRestoredError as e:
+            self.leave("failed", e.exit_code)  # without saving: this is no state of anything
+            raise
+        self._watch.forget()
+        self._changes.expect(())
+        under_way = self._loader is not None and self._loader.under_way
+        if self._in_body:
+            self._jumping = not under_way or self.epoch != self._body_epoch
+        if self._jumping or (self._epochs is not None and not self._in_body and under_way):
+            self._entering = value
+        self._checkpointer.changed()
+        self._checkpointer.postpone()
+        return self._entering is None
 
     def _leave(self, outcome: str, code: int) -> None:
         self._close(failed=False, outcome=outcome)
@@ -642,6 +669,7 @@ class Session:
             self._refuse(request)
         while (late := self._gate.take()) is not None:
             self._refuse(late)
+        self._beside.close()
         self._checkpointer.close()
         self.record("finalizeRun" if finished else "sessionEnded", outcome=outcome)
         self._history.run_status("finished" if finished else "unfinished")
@@ -680,6 +708,16 @@ class Session:
         error = {"type": "NoLiveSessionError", "message": message, "exit_code": 6}
         self._history.result(request.id, self.step, self.epoch, error=error)
 
+    def _look_up(self) -> None:
+        """In the middle of a long command: see whether somebody wants it to stop."""
+        while (request := self._gate.take()) is not None:
+            if isinstance(request.command, commands.CancelScan):
+                self._history.result(request.id, self.step, self.epoch, result={"cancelled": True})
+                raise ScanStopped("the scan was cancelled")
+            self._waiting.append(request)
+        if self._gate.signal is not None:
+            raise ScanStopped("the scan was stopped: the session was told to leave")
+
     def _raise_gate(self) -> None:
         self._gate.raised = True
 
@@ -689,7 +727,9 @@ class Session:
 
     def _status(self) -> tuple[str, int, int, float | None]:
         status = "starting" if not self._begun else "paused" if self._paused else "running"
-        if status == "running" and self.step < self._history.head:
+        if self.sampling.progress is not None:
+            status = f"scanning {self.sampling.progress:.0%}"
+        elif status == "running" and self.step < self._history.head:
             status = "repeating"
         return status, self.step, self.epoch, self._history.loss
 
@@ -707,8 +747,8 @@ class Session:
     def _log_later(self, name: str, value: torch.Tensor, step: int, epoch: int) -> None:
         if value.numel() != 1 or value.is_complex():
             raise UnsupportedValueError(f"log: {name} is a tensor of shape {list(value.shape)}, not one number")
-        copy, when = value.detach().clone(), time.time()
-        self._recorder.defer(lambda: self._history.metrics(step, epoch, {name: _number(name, copy)}, when))
+        copy, when, line = value.detach().clone(), time.time(), self._history.line
+        self._recorder.defer(lambda: self._history.metrics(step, epoch, {name: _number(name, copy)}, when, line))
 
 
 def _untracked_schedulers(state: TrainState, schedulers: Mapping[str, Any]) -> Iterator[str]:
@@ -736,7 +776,3 @@ def _plain(name: str, value: Any) -> float:
 
 def _error(e: Exception, message: str, code: int) -> dict[str, Any]:
     return {"type": type(e).__name__, "message": message, "exit_code": code}
-
-
-def _change(change: Change) -> dict[str, Any]:
-    return {"name": change.name, "before": change.before, "after": change.after}

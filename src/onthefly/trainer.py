@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from onthefly.config import SessionConfig
-from onthefly.control.actions import evaluate, to_device, undisturbed
+from onthefly.control.looking import evaluate, to_device, undisturbed
 from onthefly.errors import MissingPartError
 from onthefly.session import attach
 from onthefly.state.loader import one_pass

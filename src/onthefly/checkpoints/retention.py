@@ -10,6 +10,9 @@ from typing import Any, Generic, TypeVar
 ORIGIN = "origin"
 """The `reason` of the checkpoint that a run began from. It is what makes every later step reachable by replay."""
 
+UNDO = "undo"
+"""The `reason` of a checkpoint that was saved so that a command can be taken back."""
+
 Id = TypeVar("Id")
 
 
@@ -38,16 +41,17 @@ def reasons(
     """Every candidate, oldest first, with the words that say why it is kept; without a word, it may go.
 
     Kept are the `keep` last ones of the run's own by their order (``newest``), with `every` each one whose step is a positive multiple of
-    it (``every 1000``), the one with the lowest finite metric, the newest of several (``best``), and what is ``pinned``,
-    ``needed``, or an ``origin``. Raises `ValueError` for a negative `keep`, and for an `every` that is not positive.
+    it (``every 1000``), the one with the lowest finite metric, the newest of several (``best``), the last one that was saved for
+    an ``undo``, which does not count among the newest, and what is ``pinned``, ``needed``, or an ``origin``. Raises `ValueError` for a negative `keep`, and for an `every` that is not positive.
     """
     if keep < 0:
         raise ValueError(f"retention keeps at least 0 checkpoints, not {keep}")
     if every is not None and every < 1:
         raise ValueError(f"retention keeps what lies 1 step apart or more, not {every}")
     oldest_first = sorted(candidates, key=lambda c: c.order)
-    own = [candidate for candidate in oldest_first if not candidate.foreign]
+    own = [candidate for candidate in oldest_first if not candidate.foreign and candidate.reason != UNDO]
     newest = {id(candidate) for candidate in own[max(0, len(own) - keep) :]}
+    undo = [candidate for candidate in oldest_first if candidate.reason == UNDO][-1:]
     best = _best(oldest_first)
     found = []
     for candidate in oldest_first:
@@ -55,6 +59,7 @@ def reasons(
             "newest": id(candidate) in newest,
             f"every {every}": every is not None and candidate.step > 0 and candidate.step % every == 0,
             "best": candidate is best,
+            UNDO: candidate in undo,
             "pinned": candidate.pinned,
             "needed": candidate.needed,
             ORIGIN: candidate.reason == ORIGIN,

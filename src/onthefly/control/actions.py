@@ -7,22 +7,16 @@ leaves everything as it was then.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from onthefly.control import commands
 from onthefly.control.commands import Command
+from onthefly.control.looking import evaluate, undisturbed
 from onthefly.errors import CheckpointError, InvalidCommandError, MissingPartError, said
-from onthefly.state import rng
 from onthefly.state.loader import one_pass
-from onthefly.state.train_state import unwrapped
 
 if TYPE_CHECKING:
     from onthefly.control.ring import Kept
@@ -31,7 +25,11 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 
-def perform(session: Session, command: Command) -> Result | Future[Kept]:
+Answer = Result | Future[Any]
+"""Now, or once something is durable: the future's result is a `Result`, or the checkpoint that was saved."""
+
+
+def perform(session: Session, command: Command) -> Answer:
     """Carry out a command. A checkpoint that is still on its way is the answer once it is durable."""
     return _ACTIONS[type(command)](session, command)
 
@@ -75,18 +73,48 @@ def remove(session: Session, command: commands.RemoveCheckpoint) -> Result:
 
 
 def load(session: Session, command: commands.LoadCheckpoint) -> Result:
-    kept = session.load(_path(command.path), content=command.hash, reason="load")
-    return {"loaded": str(kept.path), "hash": kept.hash, "step": kept.step, "epoch": kept.epoch}
+    return session.branches.load(_path(command.path), content=command.hash, name=command.name)
 
 
 def reset(session: Session, command: commands.ResetSession) -> Result:
-    kept = session.reset()
-    return {"loaded": str(kept.path), "hash": kept.hash, "step": kept.step, "generation": session.generation}
+    return session.branches.reset()
+
+
+def fork(session: Session, command: commands.ForkRun) -> Future[Result]:
+    selection = session.sampling.selection(command)
+    doubt = session.sampling.doubt(selection)
+    return _with(session.branches.fork(command, selection), doubt)
+
+
+def switch(session: Session, command: commands.SwitchRun) -> Result:
+    return session.branches.switch(command.run)
+
+
+def undo(session: Session, command: commands.Undo) -> Result:
+    return session.branches.undo()
 
 
 def set_value(session: Session, command: commands.SetValue) -> Result:
-    changes = session.set(command.values, hold=command.hold, release=command.release)
-    return {"changed": [asdict(change) for change in changes]}
+    return {"changed": session.branches.change(command)}
+
+
+def subset(session: Session, command: commands.Subset) -> Result:
+    selection = session.sampling.selection(command)
+    digest = None if selection is None else selection.digest
+    changed = session.branches.change(commands.Subset(recipe=None, selection=digest))
+    return {"changed": changed, "selection": digest, **session.sampling.doubt(selection)}
+
+
+def scan(session: Session, command: commands.ScanSamples) -> Result:
+    return session.sampling.scan(command.data, embeddings=command.embeddings)
+
+
+def cancel_scan(session: Session, command: commands.CancelScan) -> Result:
+    raise InvalidCommandError("no scan is under way")
+
+
+def export_subset(session: Session, command: commands.ExportSubset) -> Result:
+    return session.sampling.export(command, _path(command.path))
 
 
 def test(session: Session, command: commands.TestRun) -> Result:
@@ -107,7 +135,7 @@ def test(session: Session, command: commands.TestRun) -> Result:
     return result
 
 
-_ACTIONS: Mapping[type[Command], Callable[[Any, Any], Result | Future[Kept]]] = {
+_ACTIONS: Mapping[type[Command], Callable[[Any, Any], Answer]] = {
     commands.Pause: pause,
     commands.Resume: resume,
     commands.Stop: stop,
@@ -118,92 +146,31 @@ _ACTIONS: Mapping[type[Command], Callable[[Any, Any], Result | Future[Kept]]] = 
     commands.ResetSession: reset,
     commands.SetValue: set_value,
     commands.TestRun: test,
+    commands.ScanSamples: scan,
+    commands.CancelScan: cancel_scan,
+    commands.Subset: subset,
+    commands.ForkRun: fork,
+    commands.SwitchRun: switch,
+    commands.Undo: undo,
+    commands.ExportSubset: export_subset,
 }
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    loader: Any,
-    loss_fn: Callable[[Any, Any], torch.Tensor],
-    metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None,
-    device: torch.device | None = None,
-) -> dict[str, float]:
-    """The mean loss (and mean metrics) over a loader of (inputs, targets) batches, weighted by batch size.
-
-    The model must be in evaluation mode. Batches go to the device of the model's first parameter unless one is given.
-    Raises `MissingPartError` for batches that are not pairs, and for a loader without a batch.
-    """
-    if device is None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    functions = {"loss": loss_fn, **(metrics or {})}
-    totals = dict.fromkeys(functions, 0.0)
-    samples = 0
-    for batch in loader:
-        if not isinstance(batch, list | tuple) or len(batch) != 2:
-            raise MissingPartError(
-                f"a test needs batches that are (inputs, targets) pairs; this loader gives a {type(batch).__name__}"
-            )
-        inputs, targets = to_device(batch[0], device), to_device(batch[1], device)
-        outputs = model(inputs)
-        count = _batch_size(targets)
-        for name, function in functions.items():
-            totals[name] += float(function(outputs, targets)) * count
-        samples += count
-    if not samples:
-        raise MissingPartError("the loader gave no batch, so there is nothing to evaluate")
-    return {**{name: total / samples for name, total in totals.items()}, "samples": samples}
-
-
-def _batch_size(value: Any) -> int:
-    """Samples in a batch: the length of the first tensor in it."""
-    if isinstance(value, torch.Tensor):
-        return len(value) if value.dim() else 1
-    items = list(value.values()) if isinstance(value, dict) else value
-    if isinstance(items, list | tuple) and items and isinstance(items[0], torch.Tensor | dict | list | tuple):
-        return _batch_size(items[0])
-    return len(items) if hasattr(items, "__len__") else 1
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors, and lists, tuples and dicts of them, on a device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(item, device) for item in value)
-    return value
-
-
-@contextmanager
-def undisturbed(model: nn.Module, loader: Any = None) -> Iterator[None]:
-    """Evaluate inside: the model is in evaluation mode, and afterwards everything is as it was.
-
-    Modes, buffers, the process-wide random state, and private generators that the loader reaches are put back.
-    """
-    bare = unwrapped(model)
-    modes = {module: module.training for module in bare.modules()}
-    buffers = {name: buffer.detach().clone() for name, buffer in bare.named_buffers()}
-    generators = rng.find_generators({"loader": loader})
-    states = {path: rng.generator_state(generator) for path, generator in generators.items()}
-    with rng.preserved():
-        bare.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            live = dict(bare.named_buffers())
-            with torch.no_grad():
-                for name, buffer in buffers.items():
-                    live[name].copy_(buffer)
-            for path, generator in generators.items():
-                rng.set_generator_state(generator, states[path])
 
 
 def _path(text: str) -> Path:
     return Path(text).expanduser().absolute()
+
+
+def _with(answer: Future[Result], more: Result) -> Future[Result]:
+    whole: Future[Result] = Future()
+
+    def pass_on(done: Future[Result]) -> None:
+        if (e := done.exception()) is not None:
+            whole.set_exception(e)
+        else:
+            whole.set_result({**done.result(), **more})
+
+    answer.add_done_callback(pass_on)
+    return whole
 
 
 def told(kept: Kept) -> Result:

@@ -18,7 +18,7 @@ from onthefly.checkpoints import format, retention, sidecar
 from onthefly.checkpoints.staging import Slot, Staged, Staging
 from onthefly.checkpoints.writer import Worker
 from onthefly.config import SessionConfig
-from onthefly.control.history import History
+from onthefly.control.history import History, Line
 from onthefly.control.ring import Kept, Ring
 from onthefly.errors import (
     CheckpointError,
@@ -51,8 +51,8 @@ class _Save:
     reason: str
     pin: bool
     path: Path | None
-    run: str
-    generation: int
+    line: Line
+    ring: Ring
     step: int
     epoch: int
     captured: int
@@ -78,7 +78,7 @@ class Checkpointer:
         self, state: TrainState, ring: Ring, history: History, config: SessionConfig, on_torn: Callable[[], None]
     ) -> None:
         self._state = state
-        self._ring = ring
+        self.ring = ring
         self._history = history
         self._config = config
         self._on_torn = on_torn  # called on the writer's thread: a save must be taken again at the next boundary
@@ -114,9 +114,20 @@ class Checkpointer:
         if config.ckpt_every_minutes:
             self.next_time = time.monotonic() + 60 * config.ckpt_every_minutes
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save would wait for one that is being written."""
+        return self._staging.busy
+
     def changed(self) -> None:
         """The live state is not what was saved last, though the step is the same."""
         self._latest = None
+
+    def go_to(self, ring: Ring) -> None:
+        """What is saved from here on is of another run. What was asked for before stays with the run that it is of."""
+        self.ring = ring
+        self.changed()
+        self.postpone()
 
     def adopt(self, kept: Kept | None) -> None:
         """The live state is that of this checkpoint of the run's own."""
@@ -199,7 +210,7 @@ class Checkpointer:
     def pin(self, path: Path, pinned: bool) -> Kept:
         """Pin or unpin a checkpoint. Raises `InvalidCommandError` for one that is not of this run."""
         self.settle()
-        kept = self._ring.pin(path, pinned)
+        kept = self.ring.pin(path, pinned)
         self._history.pinned(str(path), kept.hash, pinned)
         if self._latest is not None and self._latest[1].done() and self._latest[1].exception() is None:
             latest = self._latest[1].result()
@@ -242,8 +253,8 @@ class Checkpointer:
             reason=reason,
             pin=pin or path is not None,
             path=path,
-            run=self._history.run,
-            generation=self._history.generation,
+            line=self._history.line,
+            ring=self.ring,
             step=step,
             epoch=epoch,
             captured=self._history.seq,
@@ -348,17 +359,17 @@ class Checkpointer:
         """Write, record, retain; in the end the future is done, whatever happens, but for a `_TornError`, which is raised."""
         try:
             if save.path is None:
-                self._ring.make_room(size + _BESIDE, save.reason)
+                save.ring.make_room(size + _BESIDE, save.reason)
             # No file is overwritten: until the new one is there, the old one may be all that is left.
-            path = save.path or sidecar.free_path(self._ring.folder, save.run, save.step, save.generation)
+            path = save.path or sidecar.free_path(save.ring.folder, save.line.run, save.step, save.line.generation)
             written = write(path)
             sidecar.describe(
                 path,
                 written.hash,
                 written.size,
                 save.counters,
-                run=save.run,
-                generation=save.generation,
+                run=save.line.run,
+                generation=save.line.generation,
                 step=save.step,
                 epoch=save.epoch,
                 reason=save.reason,
@@ -367,16 +378,16 @@ class Checkpointer:
                 path=path,
                 hash=written.hash,
                 size=written.size,
-                generation=save.generation,
+                generation=save.line.generation,
                 step=save.step,
                 epoch=save.epoch,
                 reason=save.reason,
                 pinned=save.pin,
                 metric=save.metric,
             )
-            self._record(kept, save.captured)
+            self._record(kept, save)
             if save.path is None:
-                self._ring.add(kept)
+                save.ring.add(kept)
         except _TornError:
             raise
         except (CheckpointError, StateError) as e:
@@ -389,9 +400,8 @@ class Checkpointer:
 
     def _tear(self, save: _Save, names: list[str]) -> None:
         self._at_boundary.update(names)
-        self._history.event(
-            "checkpointTorn", save.step, save.epoch, reason=save.reason, tensors=names[:3], count=len(names)
-        )
+        about = {"reason": save.reason, "tensors": names[:3], "count": len(names)}
+        self._history.event("checkpointTorn", save.step, save.epoch, save.line, **about)
         self._log.warning(
             "the state of step %d changed before optimizer.step() while it was being copied (%s); it is taken again, and "
             "these are copied at the boundary from now on",
@@ -404,13 +414,13 @@ class Checkpointer:
 
     def _fail(self, save: _Save, e: CheckpointError | StateError) -> None:
         about = {"reason": save.reason, "error": type(e).__name__, "message": said(e)}
-        self._history.event("checkpointFailed", save.step, save.epoch, **about)
+        self._history.event("checkpointFailed", save.step, save.epoch, save.line, **about)
         self._log.error("checkpoint at step %d was not saved: %s", save.step, said(e))
         save.future.set_exception(e)
 
-    def _record(self, kept: Kept, captured: int) -> None:
+    def _record(self, kept: Kept, save: _Save) -> None:
         self._history.checkpoint(
-            generation=kept.generation,
+            save.line,
             step=kept.step,
             epoch=kept.epoch,
             path=str(kept.path),
@@ -418,7 +428,7 @@ class Checkpointer:
             size=kept.size,
             reason=kept.reason,
             pinned=kept.pinned,
-            captured=captured,
+            captured=save.captured,
             metrics={} if kept.metric is None else {self._config.best_metric: kept.metric},
         )
 

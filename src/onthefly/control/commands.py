@@ -8,13 +8,21 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from onthefly.errors import InvalidCommandError
 
 Scalar = bool | int | float | str | None
+
+
+def _plain_values(values: dict[str, Any]) -> dict[str, Any]:
+    for name, value in values.items():
+        items = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(item, Scalar) for item in items):
+            raise ValueError(f"{name}: a value is a number, a text, true, false, null, or a list of those")
+    return values
 
 
 class Command(BaseModel):
@@ -71,12 +79,13 @@ class RemoveCheckpoint(Command):
 
 
 class LoadCheckpoint(Command):
-    """Put the state of a checkpoint back into the live session."""
+    """Put the state of a checkpoint back into the live session, which goes on from there as a new run."""
 
     kind = "loadCheckpoint"
     changes_state = True
     path: str = Field(description="The checkpoint's file.")
     hash: str | None = Field(None, description="Refuse the file unless its content hash begins with this.")
+    name: str | None = Field(None, description="Name of the new run. Default: rewind1, rewind2, ...")
 
 
 class ResetSession(Command):
@@ -107,14 +116,86 @@ class SetValue(Command):
     hold: bool = Field(False, description="Keep the value fixed, whatever a scheduler says.")
     release: bool = Field(False, description="Give the named values back to their scheduler or their script.")
 
-    @field_validator("values")
+    _plain = field_validator("values")(_plain_values)
+
+
+class Chosen(Command):
+    """A command about chosen samples of the train data: by a recipe, or by a selection that was made before."""
+
+    recipe: dict[str, Any] | None = Field(None, description="Which samples, as a recipe: see onthefly.samples.recipes.")
+    selection: str | None = Field(None, description="The digest of a selection that was made before.")
+
+    @field_validator("recipe")
     @classmethod
-    def _plain(cls, values: dict[str, Any]) -> dict[str, Any]:
-        for name, value in values.items():
-            items = value if isinstance(value, list | tuple) else [value]
-            if not all(isinstance(item, Scalar) for item in items):
-                raise ValueError(f"{name}: a value is a number, a text, true, false, null, or a list of those")
-        return values
+    def _sound(cls, recipe: dict[str, Any] | None) -> dict[str, Any] | None:
+        if recipe is None:
+            return None
+        from onthefly.samples.recipes import check  # brings NumPy, and most commands are about no samples
+
+        return check(recipe)
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.recipe is not None and self.selection is not None:
+            raise ValueError("give a recipe or a selection, not both")
+        return self
+
+
+class ScanSamples(Command):
+    """Compute the loss of every sample, and more, under the present weights. Training stands meanwhile, and is not affected."""
+
+    kind = "scanSamples"
+    data: str = Field("train", pattern="^(train|val|test)$", description="Which loader's data: train, val or test.")
+    embeddings: bool = Field(False, description="Also an embedding of every sample.")
+
+
+class CancelScan(Command):
+    """Stop the scan that is under way."""
+
+    kind = "cancelScan"
+
+
+class Subset(Chosen):
+    """Train on chosen samples from the next step on; with neither recipe nor selection, on all of them again."""
+
+    kind = "subset"
+    changes_state = True
+
+
+class ForkRun(Chosen):
+    """Go on as a new run: on chosen samples, with changed values, or both."""
+
+    kind = "forkRun"
+    changes_state = True
+    name: str | None = Field(None, description="Name of the new run. Default: fork1, fork2, ...")
+    values: dict[str, Any] = Field(default_factory=dict, description="Values to change, as `set` does.")
+    hold: bool = Field(False, description="Keep the changed values fixed, whatever a scheduler says.")
+    beside: bool = Field(False, description="Start it as a process of its own; this session stays on its run.")
+    fresh: bool = Field(False, description="Begin from the state that this run began with.")
+
+    _plain = field_validator("values")(_plain_values)
+
+
+class SwitchRun(Command):
+    """Go over to another run, and on with it from where it stands."""
+
+    kind = "switchRun"
+    changes_state = True
+    run: str = Field(description="The run to go on with.")
+
+
+class Undo(Command):
+    """Take back the last command that changed the state (load, set, fork, switch, subset, reset), with the steps after it."""
+
+    kind = "undo"
+    changes_state = True
+
+
+class ExportSubset(Chosen):
+    """Write the chosen samples, with what is known of each, to a file; by default the samples that are trained on."""
+
+    kind = "exportSubset"
+    path: str = Field(description="A new file: .parquet, .csv or .json.")
 
 
 COMMANDS: tuple[type[Command], ...] = (
@@ -128,6 +209,13 @@ COMMANDS: tuple[type[Command], ...] = (
     ResetSession,
     TestRun,
     SetValue,
+    ScanSamples,
+    CancelScan,
+    Subset,
+    ForkRun,
+    SwitchRun,
+    Undo,
+    ExportSubset,
 )
 
 

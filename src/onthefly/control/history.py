@@ -6,7 +6,8 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from onthefly.store.journal import Journal
@@ -14,22 +15,37 @@ from onthefly.store.journal import Journal
 _MOST_DIFFERENCES = 20  # reported one by one; a run that left its line differs in every step after
 
 
-class History:
-    """Facts of one run, in the order in which they came to be, and the check of steps that are done a second time.
+@dataclass(frozen=True)
+class Line:
+    """What facts are written under: a run and its generation. `series` are the numbers of its metrics in the journal."""
 
-    Owns the run's name and generation. It never raises for a full disk: the journal holds what it cannot write.
+    run: str
+    generation: int
+    series: dict[str, int] = field(default_factory=dict, compare=False)
+
+
+class History:
+    """Facts of the run that is under way, in the order in which they came to be, and the check of steps that are done a second time.
+
+    Owns the line that is written. It never raises for a full disk: the journal holds what it cannot write.
     """
 
     def __init__(self, journal: Journal, run: str, generation: int) -> None:
-        self.run = run
-        self.generation = generation
+        self.line = Line(run, generation)
         self.head = -1  # the last step that an earlier process recorded of this line; until there, steps repeat
         self.differences = 0
         self.loss: float | None = None  # the last one logged, for a heartbeat
         self._journal = journal
-        self._series: dict[str, int] = {}
         self._recorded: dict[tuple[str, int], deque[float]] = {}
         self._log = logging.getLogger("onthefly")
+
+    @property
+    def run(self) -> str:
+        return self.line.run
+
+    @property
+    def generation(self) -> int:
+        return self.line.generation
 
     @property
     def seq(self) -> int:
@@ -43,29 +59,33 @@ class History:
             (name, step): deque(values) for name, steps in recorded.items() for step, values in steps.items()
         }
 
-    def metrics(self, step: int, epoch: int, numbers: Mapping[str, float], when: float | None = None) -> None:
-        """Record numbers of a step. What was recorded before is compared, and not written twice."""
+    def metrics(
+        self, step: int, epoch: int, numbers: Mapping[str, float], when: float | None = None, line: Line | None = None
+    ) -> None:
+        """Record numbers of a step, of the line that it was of. What was recorded before is compared, and not written twice."""
+        line = line or self.line
         if "loss" in numbers:
             self.loss = numbers["loss"]
-        if self._recorded:
+        if self._recorded and line is self.line:
             numbers = self._compare(step, epoch, numbers)
         values: list[float] = []  # id, number, id, number, ...
         for name, value in numbers.items():
-            number = self._series.get(name)
+            number = line.series.get(name)
             if number is None:
-                number = self._series[name] = self._journal.series(self.run, self.generation, name)
+                number = line.series[name] = self._journal.series(line.run, line.generation, name)
             values += (number, value)
         if values:
             self._journal.metrics(step, epoch, time.time() if when is None else when, values)
 
-    def event(self, event: str, step: int, epoch: int, /, **data: Any) -> int:
-        """Record an event of the run. Returns its number in the journal."""
+    def event(self, event: str, step: int, epoch: int, line: Line | None = None, /, **data: Any) -> int:
+        """Record an event of the run, or of another line. Returns its number in the journal."""
+        line = line or self.line
         return self._journal.fact(
             "event",
             {
                 "event": event,
-                "run": self.run,
-                "generation": self.generation,
+                "run": line.run,
+                "generation": line.generation,
                 "step": step,
                 "epoch": epoch,
                 "time": time.time(),
@@ -87,9 +107,15 @@ class History:
         answer = {"command": command, "status": status, "result": result, "error": error}
         self._journal.fact("result", {**answer, "step": step, "epoch": epoch, "time": time.time()})
 
-    def checkpoint(self, **data: Any) -> None:
-        """Record a checkpoint that is durable."""
-        self._journal.fact("checkpoint", {"run": self.run, "time": time.time(), **data})
+    def checkpoint(self, line: Line, **data: Any) -> None:
+        """Record a checkpoint of a line that is durable."""
+        about = {"run": line.run, "generation": line.generation, "time": time.time()}
+        self._journal.fact("checkpoint", {**about, **data})
+
+    def scan(self, line: Line, step: int, epoch: int, **data: Any) -> None:
+        """Record a scan whose file is durable."""
+        where = {"run": line.run, "generation": line.generation, "step": step, "epoch": epoch}
+        self._journal.fact("scan", {**where, "time": time.time(), **data})
 
     def pinned(self, path: str, content: str, pinned: bool) -> None:
         """Record that a checkpoint is to stay, or no longer."""
@@ -99,18 +125,31 @@ class History:
         """Record that a checkpoint is about to be removed."""
         self._journal.fact("evicted", {"path": path, "hash": content, "reason": reason, "time": time.time()})
 
-    def begin_generation(self, step: int, epoch: int, reason: str, base: Mapping[str, Any]) -> None:
+    def begin_generation(self, step: int, epoch: int, reason: str, base: Mapping[str, Any], **more: Any) -> None:
         """Leave the recorded line of the run: from here on it is written anew, beginning at `base`, a checkpoint."""
-        self.generation += 1
+        self.line = Line(self.run, self.generation + 1)
         self.head = -1
         self._recorded.clear()
-        self._series.clear()
         # In this order: an event alone, should the process be killed here, would hide what the run then goes on to log.
         self._journal.fact("run", {"run": self.run, "generation": self.generation, "base": dict(base)})
-        self.event("generation", step, epoch, reason=reason, base=dict(base), **{"from": step})
+        self.event("generation", step, epoch, reason=reason, base=dict(base), **{"from": step}, **more)
 
-    def run_status(self, status: str) -> None:
-        self._journal.fact("run", {"run": self.run, "status": status})
+    def go_to(self, line: Line) -> None:
+        """What happens from here on is of another run, in which the session is from now on."""
+        self.line = line
+        self.head = -1
+        self._recorded.clear()
+        self._journal.fact("session", {"run": line.run})
+
+    def run_begins(
+        self, run: str, base: Mapping[str, Any] | None, parents: Sequence[str], manifest: str | None
+    ) -> None:
+        """Record what a run stands on, once it is durable: the checkpoint it begins from, and its parents' by their hashes."""
+        about: dict[str, Any] = {"run": run, "parents": list(parents), "manifest": manifest}
+        self._journal.fact("run", about if base is None else {**about, "base": dict(base)})
+
+    def run_status(self, status: str, run: str | None = None) -> None:
+        self._journal.fact("run", {"run": run or self.run, "status": status})
 
     def session_ended(self, outcome: str) -> None:
         self._journal.fact("session", {"status": "ended", "outcome": outcome, "ended": time.time()})

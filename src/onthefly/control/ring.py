@@ -12,7 +12,7 @@ from pathlib import Path
 from onthefly.checkpoints import retention, sidecar
 from onthefly.config import SessionConfig
 from onthefly.control.history import History
-from onthefly.errors import CheckpointNotFoundError, InvalidCommandError
+from onthefly.errors import InvalidCommandError
 from onthefly.runs.references import IMPORTED
 
 
@@ -34,27 +34,37 @@ class Kept:
 class Ring:
     """Owns the list of a run's checkpoints. The training thread and the writer's thread share it."""
 
-    def __init__(self, folder: Path, history: History, config: SessionConfig, kept: Iterable[Kept] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        history: History,
+        config: SessionConfig,
+        kept: Iterable[Kept] = (),
+        needed: Iterable[Path] = (),
+    ) -> None:
         self.folder = folder
         self._history = history
         self._config = config
         self._kept: list[Kept] = list(kept)
-        self._needed: set[str] = set()
+        self._needed: set[str] = {str(path) for path in needed}
+        self._held = ""
         self._lock = threading.RLock()
         self._log = logging.getLogger("onthefly")
 
-    def need(self, paths: Iterable[Path]) -> None:
-        """Say which files the lineage stands on; retention leaves them."""
+    def need(self, path: Path) -> None:
+        """Say that a run stands on this file; retention leaves it."""
         with self._lock:
-            self._needed = {str(path) for path in paths}
+            self._needed.add(str(path))
 
-    def origin(self) -> Kept:
-        """The checkpoint that the run began with. Raises `CheckpointNotFoundError` when it could not be saved."""
+    def hold(self, path: Path) -> None:
+        """Leave this file, too, so that the last change can be taken back; the one that was held before is free again."""
         with self._lock:
-            for kept in self._kept:
-                if kept.reason == retention.ORIGIN:
-                    return kept
-        raise CheckpointNotFoundError("this run has no origin checkpoint: it could not be saved when the run began")
+            self._held = str(path)
+
+    def origin(self) -> Kept | None:
+        """The checkpoint of the run's own that it began with."""
+        with self._lock:
+            return next((kept for kept in self._kept if kept.reason == retention.ORIGIN), None)
 
     def find(self, path: Path) -> Kept | None:
         """The checkpoint of the run's own that is at this path."""
@@ -102,7 +112,7 @@ class Ring:
             return kept
 
     def clear(self) -> None:
-        """Evict what the run saved so far, but for its origin and what is pinned or needed."""
+        """Evict what the run saved so far, but for its origin, and what is pinned, needed or held."""
         with self._lock:
             for kept in [kept for kept in self._kept if self._may_go(kept)]:
                 self._remove(kept, "reset")
@@ -122,7 +132,10 @@ class Ring:
         return kept
 
     def _may_go(self, kept: Kept) -> bool:
-        return kept.reason != retention.ORIGIN and not kept.pinned and str(kept.path) not in self._needed
+        return kept.reason != retention.ORIGIN and not kept.pinned and not self._is_needed(kept)
+
+    def _is_needed(self, kept: Kept) -> bool:
+        return str(kept.path) in self._needed or str(kept.path) == self._held
 
     def _going(self, kept: list[Kept]) -> list[Kept]:
         candidates = [
@@ -133,7 +146,7 @@ class Ring:
                 reason=k.reason,
                 metric=k.metric,
                 pinned=k.pinned,
-                needed=str(k.path) in self._needed,
+                needed=self._is_needed(k),
                 foreign=k.reason == IMPORTED,
             )
             for number, k in enumerate(kept)

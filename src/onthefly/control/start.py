@@ -27,16 +27,21 @@ from onthefly.control.history import History
 from onthefly.control.ring import Kept
 from onthefly.errors import CheckpointError, InexactError, InvalidCommandError, ResumeError
 from onthefly.runs import launch, references
+from onthefly.runs.lineage import Lineage
 from onthefly.state.train_state import TrainState
 from onthefly.state.tree import flatten
 from onthefly.store import queries
 from onthefly.store.journal import Journal
 from onthefly.store.liveness import SessionLock
-from onthefly.store.queries import CheckpointRow, RunRow
+from onthefly.store.queries import CheckpointRow, EventRow, RunRow
 from onthefly.store.store import Store
 
 # How often this process has attached; a relaunch can go back only to the first. It counts for the process, as its name says.
 _attachments = itertools.count(1)
+
+
+Change = commands.SetValue | commands.Subset
+"""A command that changes what the steps after it are, and is applied again when they are repeated."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Due:
 
     step: int
     epoch: int
-    command: commands.SetValue
+    command: Change
 
     def is_due(self, step: int, epoch: int) -> bool:
         return (self.epoch, self.step) <= (epoch, step)
@@ -73,6 +78,23 @@ class Until:
         format.write(self.out, *flatten(state.capture()))
 
 
+@dataclass(frozen=True)
+class Standing:
+    """Where a recorded run stands: all that it takes to go on with it."""
+
+    base: Kept | None
+    """The state to begin from: its newest good checkpoint, or the one of its parent that it began from."""
+    kept: Sequence[Kept]
+    needed: Sequence[Path]
+    """Files that runs stand on: retention leaves them."""
+    again: Sequence[Due]
+    birth: Sequence[Due]
+    """What made of its parent's state the one that it begins with."""
+    recorded: Mapping[str, Mapping[int, list[float]]]
+    head: int
+    """The last step that is recorded of it."""
+
+
 @dataclass
 class Start:
     """What a session finds when it begins. Owns the store, the journal and the lock until `close`."""
@@ -87,10 +109,21 @@ class Start:
     resumed: bool = False
     base: Kept | None = None
     """The checkpoint to begin from; None: the objects as they are."""
-    needed: Path | None = None
+    needed: Sequence[Path] = ()
     kept: Sequence[Kept] = ()
     again: Sequence[Due] = ()
+    birth: Sequence[Due] = ()
+    scans: Path | None = None
+    """Where selections are read from, if not in the store."""
     until: Until | None = None
+    run: str = ""
+    """The run that it begins on."""
+    launch: Mapping[str, Any] | None = None
+    """How this process was started, if it can be started again."""
+
+    @property
+    def selections(self) -> Path:
+        return self.scans or self.store.scans_dir
 
     def close(self) -> None:
         self.journal.close()
@@ -157,6 +190,7 @@ class _About:
         folder.mkdir(parents=True, exist_ok=True)
         remove_stray(folder)
         history = History(journal, run, generation)
+        more |= {"run": run, "launch": self.launch}
         begun = Start(self.store, session, journal, lock, history, self.config, folder, **more)
         for reason in inexact:
             logging.getLogger("onthefly").warning("this run cannot be repeated exactly: %s", reason)
@@ -181,28 +215,52 @@ def _resumed(about: _About, name: str) -> Start:
     for session in queries.sessions(about.store, alive=True):
         if session.run == name:
             raise ResumeError(f"run {name} is being trained already, by process {session.pid}")
-    before = [s for s in queries.sessions(about.store) if s.run == name]
-    rows = queries.checkpoints(about.store, name)
-    base, after = _newest_good(about.store, run, rows)
-    again = _recorded_commands(about.store, run, base, after)
+    before = queries.session(about.store, queries.trainers(about.store).get(name, 0))
+    found = standing(about.store, run, about.config.best_metric)
     begun = about.start(
         name,
         run.generation,
         resumed=True,
-        base=base,
-        needed=about.store.full_path(run.base["path"]) if run.base else None,
-        kept=[_kept(row, _judged_by(row, run, about.config.best_metric)) for row in rows if Path(row.path).exists()],
-        again=again,
+        base=found.base,
+        needed=found.needed,
+        kept=found.kept,
+        again=found.again,
+        birth=found.birth,
     )
-    step = base.step if base is not None else 0
-    recorded = _recorded_metrics(about.store, run, step if base is not None else -1)
-    head = max([*(s for steps in recorded.values() for s in steps), *(due.step for due in again)], default=-1)
-    begun.history.expect(recorded, head)
+    step = found.base.step if found.base is not None else 0
+    begun.history.expect(found.recorded, found.head)
     begun.history.run_status("running")
-    _say_differences(begun, before[-1].environment if before else {}, step)
-    where = f"from step {step}" if base is not None else "from the start: it has no checkpoint yet"
-    _say(f"run {name} goes on {where}" + (f"; steps up to {head} are repeated and compared" if head > step else ""))
+    _say_differences(begun, before.environment if before is not None else {}, step)
+    where = f"from step {step}" if found.base is not None else "from the start: it has no checkpoint yet"
+    repeated = f"; steps up to {found.head} are repeated and compared" if found.head > step else ""
+    _say(f"run {name} goes on {where}{repeated}")
     return begun
+
+
+def standing(store: Store, run: RunRow, best_metric: str) -> Standing:
+    """Where a run stands, by what the store has recorded of it.
+
+    Raises `ResumeError` when none of its checkpoints is good, and for a run that was killed before the checkpoint that it
+    was to begin from was durable.
+    """
+    rows = queries.checkpoints(store, run.name)
+    base, after = _newest_good(store, run, rows)
+    if base is None and run.kind != "root":
+        parents = " or ".join(parent for parent, _ in run.parents) or "another run"
+        raise ResumeError(f"{run.name} ended before the checkpoint that it begins from was saved; go on with {parents}")
+    again = _recorded_commands(store, run, base, after)
+    recorded = _recorded_metrics(store, run, base.step if base is not None else -1)
+    head = max([*(s for steps in recorded.values() for s in steps), *(due.step for due in again)], default=-1)
+    lineage = Lineage.of(queries.runs(store))
+    return Standing(
+        base=base,
+        kept=[_kept(row, _judged_by(row, run, best_metric)) for row in rows if Path(row.path).exists()],
+        needed=[row.path for row in rows if lineage.needs(row)],
+        again=again,
+        birth=_due([_told(e) for e in _command_events(store, run.name, 0) if e.data.get("birth")]),
+        recorded=recorded,
+        head=head,
+    )
 
 
 def _replayed(about: _About, orders: Mapping[str, Any]) -> Start:
@@ -223,6 +281,7 @@ def _replayed(about: _About, orders: Mapping[str, Any]) -> Start:
         int(orders["generation"]),
         base=Kept(path, orders["hash"], 0, int(orders["generation"]), 0, 0, "base", False, None),
         again=_due(orders["commands"]),
+        scans=Path(orders["scans"]),
         until=Until(int(step), int(epoch), Path(orders["out"])),
     )
 
@@ -263,22 +322,29 @@ def _recorded_commands(store: Store, run: RunRow, base: Kept | None, after: tupl
     is younger than the commands that an earlier process was given in the steps behind it.
     """
     begun = (base.epoch, base.step) if base is not None else (0, 0)
-    events = queries.events(store, run.name, generation=run.generation, kinds=["command"])
     return _due(
         [
-            {"step": e.step, "epoch": e.epoch, **e.data}
-            for e in events
+            _told(e)
+            for e in _command_events(store, run.name, run.generation)
             if (e.epoch, e.step) > begun
             or ((e.epoch, e.step) == begun and (after is None or (e.session, e.seq) > after))
         ]
     )
 
 
+def _command_events(store: Store, run: str, generation: int) -> list[EventRow]:
+    return queries.events(store, run, generation=generation, kinds=["command"])
+
+
+def _told(event: EventRow) -> dict[str, Any]:
+    return {"step": event.step, "epoch": event.epoch, **event.data}
+
+
 def _due(recorded: Sequence[Mapping[str, Any]]) -> list[Due]:
     found = []
     for one in recorded:
         command = commands.build(one["kind"], one["arguments"])
-        if not isinstance(command, commands.SetValue):
+        if not isinstance(command, Change):
             raise InvalidCommandError(f"a {command.kind} cannot be applied again at a step")
         found.append(Due(int(one["step"]), int(one["epoch"]), command))
     return sorted(found, key=lambda due: (due.epoch, due.step))

@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping
 
 from onthefly.errors import InvalidCommandError
 
-_STEMS = {"root": "baseline", "fork": "fork", "merge": "merge"}
+_STEMS = {"root": "baseline", "fork": "fork", "rewind": "rewind", "merge": "merge"}
 _SEEDS = {"fork": "ONTHEFLY_FORK_COUNTER_INIT", "merge": "ONTHEFLY_MERGE_COUNTER_INIT"}
 
 
 def next_name(kind: str, taken: Collection[str], environment: Mapping[str, str]) -> str:
-    """The default name of the next run: `baseline`, `baseline2`, ..., or `fork1`, `fork2`, ..., or `merge1`, ....
+    """The default name of the next run: `baseline`, `baseline2`, ..., or `fork1`, `fork2`, ..., `rewind1`, ..., `merge1`, ....
 
     A counter goes on behind the highest number taken. The environment's `ONTHEFLY_FORK_COUNTER_INIT` and
     `ONTHEFLY_MERGE_COUNTER_INIT` say how many there were before, elsewhere: with 4, the first is `fork5`. Raises

@@ -275,7 +275,7 @@ class _Values:
         for name, value in given.items():
             dtype = torch.int64 if name == "labels" else torch.float32
             self._block[name] = torch.empty((rows, *value.shape[1:]), dtype=dtype, device=value.device)
-            self._places[name] = self._block[name].split(batch)
+            self._places[name] = torch.split(self._block[name], batch)
         made = {"loss": torch.float32} | (_CLASSIFIER if self._classifies else {})
         self._columns = {name: torch.empty(self._length, dtype=dtype) for name, dtype in made.items()}
         if "embedding" in given:

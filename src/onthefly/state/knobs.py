@@ -121,20 +121,26 @@ class Knobs:
                         found[f"{name}.{index}.{key}"] = _number(self._effective((name, index, key)))
         return found
 
-    def set(self, values: Mapping[str, Any], *, hold: bool = False, release: bool = False) -> list[Change]:
-        """Change values; all of them, or none when one is refused. Setting a value that it has changes nothing.
-
-        A text such as ``"*0.1"`` multiplies. Raises `InvalidCommandError`, naming what can be set.
-        """
-        plan: list[tuple[str, Any, Any]] = []  # name, target, new
+    def plan(
+        self, values: Mapping[str, Any], *, hold: bool = False, release: bool = False
+    ) -> list[tuple[str, Any, Any]]:
+        """What `set` would do: names, targets and new values. Changes nothing. Raises `InvalidCommandError` as it does."""
+        plan: list[tuple[str, Any, Any]] = []
         for name, value in values.items():
             targets: list[Any] = self._targets(name)
             if release and isinstance(targets[0], Knob):
                 raise InvalidCommandError(f"{name}: a knob belongs to no scheduler; set it instead")
             for target in targets:
                 plan.append((name, target, None if release else self._wanted(name, target, value, hold)))
+        return plan
+
+    def set(self, values: Mapping[str, Any], *, hold: bool = False, release: bool = False) -> list[Change]:
+        """Change values; all of them, or none when one is refused. Setting a value that it has changes nothing.
+
+        A text such as ``"*0.1"`` multiplies. Raises `InvalidCommandError`, naming what can be set.
+        """
         changes = []
-        for name, target, wanted in plan:
+        for name, target, wanted in self.plan(values, hold=hold, release=release):
             before = self._read(target)
             if release:
                 self._release(target)

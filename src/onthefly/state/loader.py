@@ -30,6 +30,7 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -78,7 +79,7 @@ class ExactLoader:
             _refuse_custom_iteration(loader)
         self._obstacle = _obstacle_to_subsets(loader)
         # What the next pass draws from: indices, or places in the subset.
-        self._sampler: Any = _index_source(loader) if self._obstacle is None else None
+        self._sampler = self._whole()
         self.inexact: list[str] = list(self._reasons())
 
     # -- iteration ---------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ class ExactLoader:
         return _length(self._sampler if self._sampler is not None else self._source)
 
     @property
-    def indices(self) -> np.ndarray[Any, Any] | None:
+    def indices(self) -> npt.NDArray[np.int64] | None:
         """Which samples of the data set the last batch was made of: int64, one for each; None before any batch.
 
         None, too, where that cannot be known: for loaders without a sampler or with a state of their own, for workers that hand
@@ -197,10 +198,7 @@ class ExactLoader:
 
     def check_subset(self, indices: Indices | None) -> None:
         """Raise what `rebind` would raise; change nothing."""
-        if indices is not None:
-            self._sampler_of(indices)
-        elif self._obstacle is not None:
-            raise UnsupportedLoaderError(f"this train loader cannot be bound anew: {self._obstacle}")
+        self._bound_to(indices)
 
     def rebind(self, indices: Indices | None) -> None:
         """Take batches from only these samples of the data set from now on, or from all of them again (None).
@@ -213,12 +211,7 @@ class ExactLoader:
         given twice, for none, and for too few to make a batch; and `UnsupportedLoaderError` for a loader that
         cannot be rebound: see `subsets.sampler_for`.
         """
-        if indices is not None:
-            subset, sampler = self._sampler_of(indices)
-        elif self._obstacle is None:
-            subset, sampler = None, _index_source(self._source)
-        else:
-            raise UnsupportedLoaderError(f"this train loader cannot be bound anew: {self._obstacle}")
+        subset, sampler = self._bound_to(indices)
         if self._resume is not None:  # as if it had been gone back to
             resume, self._resume = self._resume, None
             self._set_generator_states(resume["generators"])
@@ -268,13 +261,10 @@ class ExactLoader:
             )
         if (state["own"] is not None) != self._has_state:
             raise StateMismatchError("loader: one of the two loaders has a state_dict of its own, the other has not")
-        subset = state.get(
-            "subset"
-        )  # not in states of before there were subsets, and neither is what else is asked for
-        sampler = _index_source(self._source) if self._obstacle is None else None
-        if subset is not None:
+        subset, sampler = None, self._whole()
+        if (stored := state.get("subset")) is not None:  # states of before there were subsets have none
             try:
-                subset, sampler = self._sampler_of(subset)
+                subset, sampler = self._bound_to(stored)
             except (InvalidCommandError, UnsupportedLoaderError) as e:
                 raise StateMismatchError(f"loader: it does not fit the stored subset: {e}") from e
         if self._draws_as_it_goes(sampler) and state["num_workers"] != self._workers:
@@ -364,7 +354,7 @@ class ExactLoader:
             with _signals_blocked(loader):
                 return iter(loader)
         if self._subset is not None:  # anew, since a user may change the sampler of their own between epochs
-            self._sampler = subsets.sampler_for(_index_source(self._source), self._subset)
+            self._sampler = subsets.sampler_for(self._whole(), self._subset)
         self._order.plan(
             self._sampler,
             self._subset,
@@ -396,17 +386,23 @@ class ExactLoader:
             self._built, self._order = _rebuild(self._source, seeded=self._seeds_samples())
         return self._built
 
-    def _sampler_of(self, indices: Indices) -> tuple[torch.Tensor, Any]:
-        """A subset of these samples, and a sampler of places in it."""
+    def _whole(self) -> Any:
+        """The user's own sampler or batch sampler, where there can be a subset of what it gives."""
+        return _index_source(self._source) if self._obstacle is None else None
+
+    def _bound_to(self, indices: Indices | None) -> tuple[torch.Tensor | None, Any]:
+        """A subset of these samples, and a sampler of places in it; or for all samples None, and the user's own."""
         if self._obstacle is not None:
             raise UnsupportedLoaderError(f"this train loader cannot be bound to a subset: {self._obstacle}")
+        if indices is None:
+            return None, self._whole()
         assert isinstance(self._source, DataLoader)
         length = _length(self._source.dataset)
         if length is None:
             name = type(self._source.dataset).__name__
             raise UnsupportedLoaderError(f"{name} has no length, so indices cannot be checked: give it a __len__")
         subset = subsets.checked(indices, length)
-        sampler = subsets.sampler_for(_index_source(self._source), subset)
+        sampler = subsets.sampler_for(self._whole(), subset)
         if _length(sampler) == 0:
             raise InvalidCommandError(
                 f"{len(subset)} samples give no whole batch, and the loader drops what is less: choose more samples"
@@ -633,7 +629,7 @@ def _looked_up(subset: memoryview, places: Any) -> Any:
         ) from e
 
 
-def _positions(handed: Any) -> np.ndarray[Any, Any] | None:
+def _positions(handed: Any) -> npt.NDArray[np.int64] | None:
     if handed is None:
         return None
     several = isinstance(handed, list) or getattr(handed, "ndim", 0) == 1

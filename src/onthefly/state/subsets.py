@@ -101,8 +101,13 @@ def _weighted(sampler: WeightedRandomSampler, subset: torch.Tensor) -> WeightedR
 
 
 def _subset_random(sampler: SubsetRandomSampler, subset: torch.Tensor) -> SubsetRandomSampler:
-    places = {index: place for place, index in enumerate(subset.tolist())}
-    own = [places[index] for index in map(int, sampler.indices) if index in places]
+    given = _as_array(sampler.indices)
+    if given.dtype.kind not in "iu":
+        raise UnsupportedLoaderError("the loader's SubsetRandomSampler holds other things than integers")
+    ranked, places = torch.sort(subset)
+    indices = torch.from_numpy(given.astype(np.int64))
+    found = torch.searchsorted(ranked, indices).clamp_(max=len(subset) - 1)
+    own = places[found[ranked[found] == indices]].tolist()
     if not own:
         raise InvalidCommandError(
             "the loader's SubsetRandomSampler holds none of these samples: choose among its indices"

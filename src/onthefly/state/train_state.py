@@ -41,7 +41,7 @@ Copy = Callable[[Iterable[tuple[torch.Tensor, torch.Tensor]]], None]
 
 _RESERVED = {"rng", "modes", "buffers", "owners", "grads", "counters"}
 _REQUIRED = _RESERVED - {"grads"}
-_OPTIONAL = {"scaler", "scheduler"}  # a checkpoint and its loader need not agree on whether there is one
+_OPTIONAL = {"scaler", "scheduler", "dynamics"}  # a checkpoint and its loader need not agree on whether there is one
 _OPTIONAL_TYPES = (torch.amp.GradScaler, torch.optim.lr_scheduler.LRScheduler)  # under whatever name
 
 

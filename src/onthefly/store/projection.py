@@ -112,6 +112,8 @@ class _Tables:
                 self._pinned(record)
             case "result":
                 self._result(record.data)
+            case "scan":
+                self._scan(record)
             case "run":
                 self._run_changed(record.data)
             case "session":
@@ -163,6 +165,14 @@ class _Tables:
         data, where = self._of_live_checkpoint(record, pinned=pinned)
         self._event(record, "checkpointPinned" if pinned else "checkpointUnpinned", where, data)
 
+    def _scan(self, record: FactRecord) -> None:
+        data = record.data
+        row = {key: data[key] for key in data.keys() & schema.scan.c.keys()}
+        row |= {"path": self._store.stored_path(data["path"]), "session": self._session}
+        self._connection.execute(insert(schema.scan).values(row))
+        told = ("checkpoint", "data", "columns", "length", "path", "seconds")
+        self._event(record, "scanned", data, {key: row[key] for key in told})
+
     def _result(self, data: Mapping[str, Any]) -> None:
         table = schema.command
         values = {key: data.get(key) for key in ("status", "result", "error", "step", "epoch")}
@@ -170,10 +180,15 @@ class _Tables:
         self._connection.execute(update(table).where(this).values(**values, finished=data["time"]))
 
     def _run_changed(self, data: Mapping[str, Any]) -> None:
-        values = {key: data[key] for key in ("status", "generation", "base") if key in data}
+        values = {key: data[key] for key in ("status", "generation", "base", "manifest") if key in data}
         if base := values.get("base"):
             values["base"] = {**base, "path": self._store.stored_path(base["path"])}
-        self._connection.execute(update(schema.run).where(schema.run.c.name == data["run"]).values(values))
+        if values:
+            self._connection.execute(update(schema.run).where(schema.run.c.name == data["run"]).values(values))
+        for position, content in enumerate(data.get("parents", ())):
+            table = schema.run_parent
+            edge = (table.c.run == data["run"]) & (table.c.position == position)
+            self._connection.execute(update(table).where(edge).values(hash=content))
 
     def _session_changed(self, data: Mapping[str, Any]) -> None:
         values = {key: data[key] for key in ("status", "outcome", "ended", "run", "inexact") if key in data}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, RowMapping, Select, select, tuple_
+from sqlalchemy import Connection, RowMapping, Select, func, select, tuple_
 
 from onthefly.store import schema
 
@@ -56,6 +56,8 @@ class RunRow:
     status: str
     generation: int
     base: dict[str, Any] | None
+    manifest: str | None
+    archived: float | None
     parents: tuple[tuple[str, str], ...]
 
 
@@ -79,6 +81,26 @@ class CheckpointRow:
     captured: int
     evicted: float | None
     evicted_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ScanRow:
+    """Per-sample values of one data set under one state: the `columns` in the file at `path`. `checkpoint` is the state's hash."""
+
+    id: int
+    run: str
+    generation: int
+    step: int
+    epoch: int
+    time: float
+    checkpoint: str
+    data: str
+    columns: list[str]
+    length: int
+    path: Path
+    hash: str
+    seconds: float
+    session: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +181,26 @@ def checkpoints(store: Store, run: str | None = None, *, evicted: bool = False) 
         wanted = wanted.where(table.c.evicted.is_(None))
     with store.read() as connection:
         return [_checkpoint(store, row) for row in connection.execute(wanted).mappings()]
+
+
+def trainers(store: Store) -> dict[str, int]:
+    """For every run, the newest session that has been on it: one session may have been on several."""
+    table = schema.event
+    newest = select(table.c.run, func.max(table.c.session)).where(table.c.run.is_not(None)).group_by(table.c.run)
+    with store.read() as connection:
+        return {row[0]: row[1] for row in connection.execute(newest)}
+
+
+def scans(store: Store, *, run: str | None = None, checkpoint: str | None = None) -> list[ScanRow]:
+    """Scans, oldest first: of a run, of a state."""
+    table = schema.scan
+    wanted = select(table).order_by(table.c.id)
+    for column, value in ((table.c.run, run), (table.c.checkpoint, checkpoint)):
+        if value is not None:
+            wanted = wanted.where(column == value)
+    with store.read() as connection:
+        rows = connection.execute(wanted).mappings().all()
+    return [ScanRow(**{**row, "path": store.full_path(row["path"])}) for row in rows]
 
 
 def newest_checkpoint(store: Store, run: str) -> CheckpointRow | None:

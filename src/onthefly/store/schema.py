@@ -21,7 +21,7 @@ from sqlalchemy import (
     Table,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
 
@@ -64,6 +64,8 @@ run = Table(
     Column("status", String, nullable=False),
     Column("generation", Integer, nullable=False, default=0),
     Column("base", _JSON),
+    Column("manifest", String),  # the digest of it
+    Column("archived", Float),
 )
 
 run_parent = Table(
@@ -98,6 +100,26 @@ checkpoint = Table(
     Index("checkpoint_by_run", "run"),
     Index("checkpoint_by_path", "path"),
     Index("checkpoint_by_hash", "hash"),
+)
+
+scan = Table(
+    "scan",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("run", String, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("time", Float, nullable=False),
+    Column("checkpoint", String, nullable=False),  # the hash of the state that was scanned
+    Column("data", String, nullable=False),
+    Column("columns", _JSON, nullable=False),
+    Column("length", Integer, nullable=False),
+    Column("path", String, nullable=False),
+    Column("hash", String, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("session", Integer, nullable=False),
+    Index("scan_by_checkpoint", "checkpoint"),
 )
 
 event = Table(

@@ -62,7 +62,13 @@ class Store:
             )
         store = cls(folder, _sqlite(folder / DATABASE, busy_timeout))
         try:
-            for part in (store.checkpoints_dir, folder / "journals", folder / "sessions"):
+            for part in (
+                store.checkpoints_dir,
+                store.scans_dir,
+                store.manifests_dir,
+                folder / "journals",
+                folder / "sessions",
+            ):
                 part.mkdir(parents=True, exist_ok=True)
             store._prepare(clock.monotonic() + busy_timeout)
         except BaseException as e:
@@ -79,6 +85,19 @@ class Store:
     @property
     def checkpoints_dir(self) -> Path:
         return self.root / "checkpoints"
+
+    @property
+    def scans_dir(self) -> Path:
+        """Per-sample values, and selections."""
+        return self.root / "scans"
+
+    @property
+    def manifests_dir(self) -> Path:
+        return self.root / "manifests"
+
+    def log_path(self, run: str) -> Path:
+        """What a run that was started beside another prints."""
+        return self.root / "logs" / f"{run}.log"
 
     def journal_path(self, session: int) -> Path:
         return self.root / "journals" / f"{session}.journal"
@@ -109,17 +128,23 @@ class Store:
             yield connection
 
     def create_run(
-        self, name: str | None, *, project: str, kind: str = "root", parents: Sequence[tuple[str, str]] = ()
+        self,
+        name: str | None,
+        *,
+        project: str,
+        kind: str = "root",
+        parents: Sequence[tuple[str, str]] = (),
+        status: str = "running",
     ) -> str:
         """Make a run and give its name: the next default one, or `name`, with a number added if it is taken.
 
-        `parents` are the runs it comes from, each with the hash of its checkpoint. Raises `InvalidCommandError`
-        (a `ValueError`) for a name that cannot be part of a file's name.
+        `parents` are the runs it comes from, each with the hash of its checkpoint, or "" while that is being written.
+        Raises `InvalidCommandError` (a `ValueError`) for a name that cannot be part of a file's name.
         """
         with self.begin() as connection:
             taken = set(connection.scalars(select(schema.run.c.name)))
             name = names.next_name(kind, taken, os.environ) if name is None else names.free_name(name, taken)
-            row = {"name": name, "project": project, "kind": kind, "created": clock.time(), "status": "running"}
+            row = {"name": name, "project": project, "kind": kind, "created": clock.time(), "status": status}
             connection.execute(insert(schema.run).values(row))
             if parents:
                 rows = [

@@ -1,0 +1,284 @@
+"""What a session makes of single samples: scans of its data, and selections of what to train on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from onthefly.control import commands
+from onthefly.control.history import History
+from onthefly.control.looking import undisturbed
+from onthefly.control.ring import Kept
+from onthefly.control.start import Start
+from onthefly.errors import InvalidCommandError, MissingPartError, UnsupportedLoaderError
+from onthefly.samples import recipes
+from onthefly.samples.dynamics import Dynamics
+from onthefly.samples.export import export
+from onthefly.samples.scan import per_sample_loss, scan
+from onthefly.samples.selection import Selection, find
+from onthefly.samples.table import Columns, SampleTable
+from onthefly.state.loader import ExactLoader
+from onthefly.state.train_state import TrainState
+from onthefly.store import queries
+from onthefly.store.projection import project
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the session was given and only some commands need."""
+
+    train_loader: Any = None
+    val_loader: Any = None
+    test_loader: Any = None
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None
+    per_sample_loss: Callable[[Any, Any], torch.Tensor] | None = None
+    embed: Callable[..., torch.Tensor] | None = None
+    model_factory: Callable[[], nn.Module] | None = None
+
+
+class Save(Protocol):
+    def __call__(self, reason: str, *, goes_on: bool = True) -> Future[Kept]: ...
+
+
+@dataclass(frozen=True)
+class _Scanned:
+    """Values of one data set under one state."""
+
+    table: SampleTable
+    path: Path
+    hash: str
+    data: str
+    checkpoint: str
+    step: int
+    seconds: float
+    again: bool  # it was there already
+
+    def told(self) -> Result:
+        about = {"data": self.data, "samples": len(self.table), "columns": list(self.table.columns)}
+        losses = self.table.columns["loss"]
+        finite = losses[np.isfinite(losses)]
+        mean = float(finite.mean()) if len(finite) else None
+        where = {"path": str(self.path), "checkpoint": self.checkpoint, "step": self.step}
+        return {**about, "loss": mean, "seconds": self.seconds, "again": self.again, **where}
+
+
+class Sampling:
+    """Scans data, and turns recipes into selections. Owns the values that were read last."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        loader: ExactLoader | None,
+        dynamics: Dynamics | None,
+        inputs: Inputs,
+        begun: Start,
+        history: History,
+        save: Save,
+        look_up: Callable[[], None],
+    ) -> None:
+        self.progress: float | None = None
+        """How much of the scan under way is done."""
+        self.autocast: Callable[[], AbstractContextManager[Any]] | None = None
+        """How training runs the model. Learned from its first forward pass, unless somebody says it."""
+        self._state = state
+        self._loader = loader
+        self._dynamics = dynamics
+        self._inputs = inputs
+        self._start = begun
+        self._history = history
+        self._save = save
+        self._look_up = look_up  # raises `ScanStopped` when a scan is to stop
+        self._last: _Scanned | None = None
+        self._columns: Columns = {}  # what the last selection was made from
+        for module in state.modules.values():
+            _learn_autocast(module, self)
+
+    def scan(self, data: str, *, embeddings: bool = False) -> Result:
+        """Compute the values of every sample of a data set. See `onthefly.samples.scan.scan` for what they are.
+
+        A state that was scanned before is not scanned again. Raises `MissingPartError` for a loader or a loss that attach was not
+        given, and `ScanStopped`.
+        """
+        return self._scanned(data, embeddings).told()
+
+    def selection(self, command: commands.Chosen) -> Selection | None:
+        """The samples that a command chooses; None: it chooses none. What has to be computed for it is computed.
+
+        Raises `InvalidCommandError` for a recipe that gives nothing, and for a selection of another data set.
+        """
+        self._columns = {}
+        if command.selection is not None:
+            found = find(self._start.selections, command.selection)
+            if found.length != self._length():
+                raise InvalidCommandError(
+                    f"that selection is of a data set of {found.length} samples, and this one has {self._length()}"
+                )
+            return found
+        if command.recipe is None:
+            return None
+        columns, sources = self._columns_for(command.recipe)
+        indices = recipes.choose(command.recipe, columns, self._length())
+        self._columns = columns
+        made = Selection(command.recipe, indices, self._length(), tuple(sources))
+        made.write(self._start.store.scans_dir)
+        return made
+
+    def doubt(self, selection: Selection | None) -> Result:
+        """A warning, when the last selection holds many samples that are probably mislabelled."""
+        if selection is None:
+            return {}
+        columns = {
+            **(self._dynamics.columns() if self._recorded() and self._dynamics is not None else {}),
+            **self._columns,
+        }
+        found = recipes.likely_label_errors(columns, selection.indices)
+        if found is None or not found.rich:
+            return {}
+        return {
+            "warning": f"{found.chosen} of {found.size} chosen samples are likely label errors ({found.base:.1%} of all data are): "
+            "`--select 'noise_aware(0.1)'` takes hard samples without them, `- suspects()` takes them from any selection"
+        }
+
+    def export(self, command: commands.ExportSubset, path: Path) -> Result:
+        """Write the chosen samples, by default those that are trained on, with their values under the present weights."""
+        chosen = self.selection(command)
+        scanned = self._scanned("train", embeddings=False)
+        columns = {**self._columns, **scanned.table.columns}
+        if self._recorded() and self._dynamics is not None:
+            columns = {**self._dynamics.columns(), **columns}
+        active = self._loader.subset if self._loader is not None else None
+        indices = (
+            chosen.indices if chosen is not None else np.arange(self._length()) if active is None else active.numpy()
+        )
+        done = export(columns, np.sort(indices), path)
+        return {"path": str(done.path), "rows": done.rows}
+
+    # -- parts -------------------------------------------------------------------------------------------------
+
+    def _columns_for(self, recipe: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        needs = recipes.needs(recipe)
+        columns: dict[str, Any] = {}
+        sources: list[dict[str, Any]] = []
+        if self._recorded() and (needs.dynamics or needs.either):
+            assert self._dynamics is not None
+            columns |= self._dynamics.columns()
+            sources.append(self._written_dynamics(columns))
+        if needs.scan or needs.embedding or (needs.either and not recipes.enough_dynamics(columns)):
+            scanned = self._scanned("train", needs.embedding)
+            columns |= scanned.table.columns
+            sources.append(
+                {"kind": "scan", "hash": scanned.hash, "checkpoint": scanned.checkpoint, "file": scanned.path.name}
+            )
+        return columns, sources
+
+    def _scanned(self, data: str, embeddings: bool) -> _Scanned:
+        loader = {"train": self._inputs.train_loader, "val": self._inputs.val_loader, "test": self._inputs.test_loader}[
+            data
+        ]
+        if loader is None:
+            raise MissingPartError(f"attach was given no {data}_loader, so there is nothing to scan")
+        per_sample = per_sample_loss(self._inputs.loss_fn, self._inputs.per_sample_loss)
+        model = self._model()
+        kept = self._save("scan", goes_on=False).result()
+        if (known := self._known(kept.hash, data, embeddings)) is not None:
+            self._last = known
+            return known
+        began = time.perf_counter()
+        step, epoch, line = kept.step, kept.epoch, self._history.line
+        try:
+            with undisturbed(model, loader):
+                columns = scan(
+                    model,
+                    loader,
+                    per_sample,
+                    embed=self._inputs.embed,
+                    embeddings=embeddings,
+                    autocast=self.autocast or nullcontext,
+                    on_batch=self._on_batch,
+                )
+        finally:
+            self.progress = None
+        seconds = time.perf_counter() - began
+        about = {"run": line.run, "step": step, "epoch": epoch, "checkpoint": kept.hash, "data": data}
+        table = SampleTable(columns, about)
+        path = self._start.store.scans_dir / f"{kept.hash[:16]}-{data}{'-embeddings' if embeddings else ''}.arrow"
+        digest = table.write(path)
+        told = {
+            "checkpoint": kept.hash,
+            "data": data,
+            "columns": list(columns),
+            "length": len(table),
+            "path": str(path),
+        }
+        self._history.scan(line, step, epoch, **told, hash=digest, seconds=seconds)
+        self._last = _Scanned(table, path, digest, data, kept.hash, step, seconds, again=False)
+        return self._last
+
+    def _known(self, content: str, data: str, embeddings: bool) -> _Scanned | None:
+        last = self._last
+        if (
+            last is not None
+            and (last.checkpoint, last.data) == (content, data)
+            and (not embeddings or "embedding" in last.table.columns)
+        ):
+            return _Scanned(last.table, last.path, last.hash, data, content, last.step, last.seconds, again=True)
+        project(self._start.store, self._start.session)
+        for row in reversed(queries.scans(self._start.store, checkpoint=content)):
+            if row.data == data and row.path.exists() and (not embeddings or "embedding" in row.columns):
+                table = SampleTable.read(row.path)
+                return _Scanned(table, row.path, row.hash, data, content, row.step, row.seconds, again=True)
+        return None
+
+    def _written_dynamics(self, columns: Columns) -> dict[str, Any]:
+        """What training has recorded, as a file: a selection that is made from it can be made again."""
+        step = self._state.counters["step"]
+        path = self._start.store.scans_dir / f"dynamics-{self._history.run}-{self._history.generation}-{step}.arrow"
+        digest = SampleTable(columns, {"run": self._history.run, "step": step, "data": "train"}).write(path)
+        return {"kind": "dynamics", "hash": digest, "run": self._history.run, "step": step, "file": path.name}
+
+    def _recorded(self) -> bool:
+        return self._dynamics is not None and self._dynamics.recorded
+
+    def _length(self) -> int:
+        length = self._loader.samples if self._loader is not None else None
+        if length is None:
+            raise UnsupportedLoaderError(
+                "samples can be chosen only from a data set with a length and an order: pass a torch.utils.data.DataLoader over one"
+            )
+        return length
+
+    def _model(self) -> nn.Module:
+        modules = self._state.modules
+        if len(modules) > 1 and "model" not in modules:
+            raise MissingPartError(f"this session trains several models ({', '.join(modules)}): a scan needs just one")
+        return modules.get("model") or next(iter(modules.values()))
+
+    def _on_batch(self, done: int, total: int) -> None:
+        self.progress = done / max(total, 1)
+        self._look_up()
+
+
+def _learn_autocast(module: nn.Module, sampling: Sampling) -> None:
+    """Note, at the first forward pass of training, under which autocast it runs."""
+
+    def note(module: nn.Module, arguments: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        handle.remove()
+        if sampling.autocast is None:
+            kind = next((p.device.type for p in module.parameters()), "cpu")
+            enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+            sampling.autocast = lambda: torch.autocast(kind, dtype, enabled=enabled)
+
+    handle = module.register_forward_pre_hook(note)
