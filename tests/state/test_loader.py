@@ -1,5 +1,6 @@
 """A loader put back at any batch gives the batches, and leaves the random state, of one that never stopped."""
 
+import itertools
 import json
 import os
 import random
@@ -321,7 +322,16 @@ SUBSET, OTHER = [20, 3, 7, 8, 15, 11, 1, 9, 10, 6, 18], [14, 5, 19, 2, 8, 0, 16,
 BINDINGS = [((0, 2), SUBSET), ((1, 1), OTHER), ((2, 0), None)]  # at (epoch, batch)
 BINDABLE = [kind for kind in KINDS if kind not in ("eager batch sampler", "lazy")]
 PERMUTING = ["sequential", "generator", "batch sampler", "unbatched", "distributed", "collate", "batches as samples"]
-WORKERS = [(0, False), (2, False), (2, True)]
+
+
+def cells(kinds, often):
+    """Every kind of loader with every kind of workers. To start workers takes long: few of these cells are always checked."""
+    rare = pytest.mark.long
+    return [
+        pytest.param(kind, workers, persistent, marks=rare if workers and kind not in often else ())
+        for kind in kinds
+        for workers, persistent in ((0, False), (2, False), (2, True))
+    ]
 
 
 def journey(exact, bindings, epochs=EPOCHS):
@@ -372,13 +382,10 @@ def hand_made(kind, workers, persistent):
         options["sampler"] = WeightedRandomSampler(options["sampler"].weights[SUBSET], 30)
     if kind == "subset":
         options["sampler"] = SubsetRandomSampler([SUBSET.index(i) for i in range(5, 20) if i in SUBSET], generator())
-    if kind == "batches as samples":
-        options["collate_fn"] = torch.stack
     return DataLoader(dataset, num_workers=workers, persistent_workers=persistent, **options)
 
 
-@pytest.mark.parametrize(("workers", "persistent"), WORKERS)
-@pytest.mark.parametrize("kind", BINDABLE)
+@pytest.mark.parametrize(("kind", "workers", "persistent"), cells(BINDABLE, ("shuffle", "weighted", "own")))
 def test_bound_to_a_subset_it_gives_what_a_loader_over_that_subset_gives(kind, workers, persistent):
     exact = ExactLoader(make(kind, workers, persistent), exact_augmentation=False)
     exact.rebind(SUBSET)
@@ -396,23 +403,17 @@ def test_bound_to_a_subset_it_gives_what_a_loader_over_that_subset_gives(kind, w
     assert exact.batches == (None if kind == "as it goes" else len(loader))
 
 
-@pytest.mark.parametrize("kind", BINDABLE)
-def test_bound_to_other_samples_any_batch_can_be_gone_back_to(kind):
-    assert_bound_exactly(lambda: make(kind), lambda moments: moments[:: 1 if len(moments) < 40 else 5])
-
-
-@pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("kind", BINDABLE)
-def test_bound_to_other_samples_any_batch_can_be_gone_back_to_with_workers(kind, persistent):
-    def choose(moments):
-        bound = [
-            i for i, (before, after) in enumerate(zip(moments, moments[1:], strict=False)) if before[1] != after[1]
-        ]
-        first, second, _ = bound
+@pytest.mark.parametrize(("kind", "workers", "persistent"), cells(BINDABLE, ("generator", "as it goes")))
+def test_bound_to_other_samples_any_batch_can_be_gone_back_to(kind, workers, persistent):
+    def few(moments):
+        first, second, _ = (i for i, (one, next) in enumerate(itertools.pairwise(moments)) if one[1] != next[1])
         # On the eve of it, right after it, in the middle of the pass and at its end.
         return [moments[i] for i in (first, first + 1, (first + second) // 2, second + 1)]
 
-    assert_bound_exactly(lambda: make(kind, 2, persistent), choose)
+    def many(moments):
+        return moments[:: 1 if len(moments) < 40 else 5]
+
+    assert_bound_exactly(lambda: make(kind, workers, persistent), few if workers else many)
 
 
 @pytest.mark.parametrize("kind", BINDABLE)
@@ -425,8 +426,7 @@ def test_back_on_all_samples_it_is_as_if_it_had_never_been_bound(kind):
     assert journey(exact, [])[0] == never
 
 
-@pytest.mark.parametrize(("workers", "persistent"), WORKERS)
-@pytest.mark.parametrize("kind", PERMUTING)
+@pytest.mark.parametrize(("kind", "workers", "persistent"), cells(PERMUTING, ("generator",)))
 def test_each_pass_gives_every_sample_that_it_is_bound_to_once(kind, workers, persistent):
     exact = ExactLoader(make(kind, workers, persistent))
     for active in (None, SUBSET, OTHER, None):
@@ -658,6 +658,7 @@ def test_a_state_from_before_there_were_subsets_is_one_of_all_samples():
     resumed.rebind(SUBSET)
     resumed.load_state_dict(state["loader"])
     assert (resumed.subset, resumed.batch, resumed.under_way) == (None, 1, True)
+    rng.restore(state["rng"])
     rest = [batch.tolist() for batch in exact]
     rng.restore(state["rng"])
     assert [batch.tolist() for batch in resumed] == rest
