@@ -34,6 +34,7 @@ from onthefly.errors import (
 )
 from onthefly.runs import launch as launching
 from onthefly.runs import references
+from onthefly.runs.lineage import Lineage
 from onthefly.store import queries
 from onthefly.store.store import Store
 
@@ -46,7 +47,11 @@ if TYPE_CHECKING:
     from onthefly.fsck import Progress, Report
     from onthefly.garbage import Collection
     from onthefly.repairs import Repair
-    from onthefly.store.queries import CheckpointRow, CommandRow, EventRow, RunRow, Series, SessionRow
+    from onthefly.run_comparison import RunDiff
+    from onthefly.samples.recipes import Recipe
+    from onthefly.samples.selection import Selection
+    from onthefly.samples.table import SampleTable
+    from onthefly.store.queries import CheckpointRow, CommandRow, EventRow, RunRow, ScanRow, Series, SessionRow
     from onthefly.verification import Plan, Verification
 
 Result = dict[str, Any]
@@ -141,7 +146,7 @@ class Client:
     def kept_because(self) -> dict[int, tuple[str, ...]]:
         """Why retention leaves every live checkpoint where it is, by the row's `id`: ``newest``, ``every 1000``, ``best``,
         ``pinned``, ``origin``, or ``needed`` by a lineage. Without a word, the run's next save may remove it."""
-        return keeping.kept_because(self.checkpoints(), self.runs(), self.sessions())
+        return keeping.kept_because(self.checkpoints(), self.runs(), queries.configs(self.store))
 
     def events(
         self,
@@ -161,6 +166,20 @@ class Client:
     def series(self, run: str, name: str, *, generation: int | None = None, resolution: int = 1) -> Series:
         """One metric of a run: as its line now stands, or as one generation recorded it."""
         return queries.series(self.store, run, name, generation=generation, resolution=resolution)
+
+    def trajectory(self, run: str, name: str) -> Series:
+        """One metric from the first step of the run that this one goes back to: every stretch from the run that trained it."""
+        import numpy as np
+
+        from onthefly.store.queries import Series
+
+        parts = []
+        for segment in Lineage(self.runs()).path(self.run(run).name):
+            found = self.series(segment.run, name)
+            last = np.inf if segment.last_step is None else segment.last_step
+            here = (found.steps > segment.first_step) & (found.steps <= last)
+            parts.append((found.steps[here], found.values[here], found.times[here]))
+        return Series(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
     def latest(self, run: str) -> dict[str, float]:
         """The last value of everything that the run has logged."""
@@ -377,12 +396,12 @@ class Client:
         """Save a checkpoint: into the store, or to a file. A pinned one is never evicted."""
         return self.command("saveCheckpoint", path=None if path is None else str(Path(path).absolute()), pin=pin, **how)
 
-    def load(self, ref: str, **how: Unpack[Delivery]) -> Result:
-        """Put the state of the checkpoint that a REF names back into the live session."""
+    def load(self, ref: str, *, name: str | None = None, **how: Unpack[Delivery]) -> Result:
+        """Put the state of the checkpoint that a REF names back into the live session, which goes on from there as a new run."""
         found = self.resolve(ref)
         if isinstance(found, Path):
-            return self.command("loadCheckpoint", path=str(found), **how)
-        return self.command("loadCheckpoint", path=str(found.path), hash=found.hash, **how)
+            return self.command("loadCheckpoint", path=str(found), name=name, **how)
+        return self.command("loadCheckpoint", path=str(found.path), hash=found.hash, name=name, **how)
 
     def set(
         self,
@@ -411,6 +430,49 @@ class Client:
         """Evaluate the model, on its `test` or its `val` data. Training is not affected."""
         return self.command("testRun", data=data, save=save, **how)
 
+    def fork(
+        self,
+        recipe: Recipe | str | None = None,
+        *,
+        selection: str | None = None,
+        values: Mapping[str, Any] | None = None,
+        hold: bool = False,
+        name: str | None = None,
+        beside: bool = False,
+        fresh: bool = False,
+        **how: Unpack[Delivery],
+    ) -> Result:
+        """Go on as a new run, on the samples that a recipe chooses, or with other values, or both.
+
+        `recipe` is a recipe or its notation (`onthefly.samples.recipes`), such as ``"quantile(loss, 0.9, 1)"``; what it needs is
+        scanned first. `beside` starts it as a process of its own, `fresh` from the state that the run began with.
+        """
+        about = {"values": dict(values or {}), "hold": hold, "name": name, "beside": beside, "fresh": fresh}
+        return self.command("forkRun", recipe=_recipe(recipe), selection=selection, **about, **how)
+
+    def subset(
+        self, recipe: Recipe | str | None = None, *, selection: str | None = None, **how: Unpack[Delivery]
+    ) -> Result:
+        """Train on the samples that a recipe or a selection names, from the next step on; without either, on all again."""
+        return self.command("subset", recipe=_recipe(recipe), selection=selection, **how)
+
+    def switch(self, run: str, **how: Unpack[Delivery]) -> Result:
+        """Go over to another run, and on with it from where it stands."""
+        self.run(run)
+        return self.command("switchRun", run=run, **how)
+
+    def undo(self, **how: Unpack[Delivery]) -> Result:
+        """Take back the last command that changed the state, with the steps after it. They stay recorded."""
+        return self.command("undo", **how)
+
+    def scan(self, data: str = "train", *, embeddings: bool = False, **how: Unpack[Delivery]) -> Result:
+        """Compute the loss of every sample, and more, under the present weights. Training stands meanwhile, and is not affected."""
+        return self.command("scanSamples", data=data, embeddings=embeddings, **how)
+
+    def cancel_scan(self, **how: Unpack[Delivery]) -> Result:
+        """Stop the scan that is under way."""
+        return self.command("cancelScan", **how)
+
     def reset(self, **how: Unpack[Delivery]) -> Result:
         """Go back to the state that the session began with."""
         return self.command("resetSession", **how)
@@ -418,6 +480,91 @@ class Client:
     def stop(self, *, save: bool = True, **how: Unpack[Delivery]) -> Result:
         """Finish the step, save, and end the process."""
         return self.command("stop", save=save, **how)
+
+    # -- samples -----------------------------------------------------------------------------------------------
+
+    def scans(self, run: str | None = None) -> list[ScanRow]:
+        """The scans of a run, or of all, oldest first."""
+        return queries.scans(self.store, run=run)
+
+    def samples(self, run: str | None = None, *, dynamics: bool = False, data: str = "train") -> SampleTable:
+        """What is known of every sample: the newest scan, of `run` or of any; or, with `dynamics`, what training has recorded, as
+        of the newest checkpoint. Its `about` says of which state.
+
+        Raises `UnknownReferenceError` when nothing of that kind was computed yet.
+        """
+        from onthefly import sample_values
+
+        if run is not None:
+            self.run(run)
+        return sample_values.of(self.store, run, dynamics=dynamics, data=data)
+
+    def selection(self, name: str) -> Selection:
+        """The samples that a run is trained on, by its newest change of them; or the selection of that digest.
+
+        Raises `UnknownReferenceError` for a run that is trained on all samples.
+        """
+        from onthefly import sample_values
+
+        return sample_values.selection(self.store, name)
+
+    def export_samples(
+        self, to: str | Path, *, selection: str | None = None, recipe: Recipe | str | None = None
+    ) -> Result:
+        """Write the samples of a run or of a selection, or those that a recipe chooses, with what is known of each, to a new
+        ``.parquet``, ``.csv`` or ``.json`` file. By default, all."""
+        from onthefly import sample_values
+
+        done = sample_values.export(self.store, Path(to).absolute(), selection, _recipe(recipe))
+        return {"path": str(done.path), "rows": done.rows}
+
+    # -- runs --------------------------------------------------------------------------------------------------
+
+    def compare(self, a: str, b: str) -> RunDiff:
+        """What two runs differ in: what they began from, values, weights, metrics at common steps, and single samples. Loads torch.
+
+        Raises `UnknownReferenceError`.
+        """
+        from onthefly import run_comparison
+
+        return run_comparison.compare(self, self.run(a), self.run(b))
+
+    def heads(self) -> dict[str, tuple[int, int]]:
+        """For every run, the last step and epoch that is recorded of it."""
+        return queries.heads(self.store)
+
+    def archive(self, run: str, archived: bool = True) -> RunRow:
+        """Leave a run out of listings, or take it in again. Nothing of it is removed."""
+        from onthefly.store import catalog
+
+        row = self.run(run)
+        catalog.archive(self.store, row.name, time.time() if archived else None)
+        return self.run(run)
+
+    def remove_run(self, run: str) -> Result:
+        """Remove what a run has on disk, but for what another run goes on from. Its history stays, and so does its name.
+
+        Raises `CommandError` for a run that a session trains.
+        """
+        from onthefly.store import catalog
+
+        row = self.run(run)
+        if (session := self._session_on(row.name)) is not None:
+            raise CommandError(f"{row.name!r} is being trained by process {session.pid}; stop it first: onthefly stop")
+        from onthefly.checkpoints import sidecar
+
+        lineage = Lineage(other for other in self.runs() if other.name != row.name)
+        freed, kept = 0, 0
+        for checkpoint in self.checkpoints(row.name):
+            if lineage.needs(checkpoint):
+                kept += 1
+                continue
+            catalog.bury(self.store, checkpoint, "run removed")  # first: a row without a file would be a promise
+            checkpoint.path.unlink(missing_ok=True)
+            sidecar.path_of(checkpoint.path).unlink(missing_ok=True)
+            freed += checkpoint.size
+        catalog.remove_run(self.store, row.name, time.time())
+        return {"run": row.name, "freed": freed, "kept": kept}
 
     # -- starting again ----------------------------------------------------------------------------------------
 
@@ -433,10 +580,11 @@ class Client:
             raise ResumeError(f"{row.name!r} is being trained now: session {busy[-1].id}, pid {busy[-1].pid}")
         if row.status == "finished":
             raise ResumeError(f"{row.name!r} is finished; there is nothing left to train")
-        sessions = [session for session in self.sessions() if session.run == row.name]
-        if not sessions:
+        if row.status == "removed":
+            raise ResumeError(f"{row.name!r} was removed; its history is all that is left")
+        last = queries.session(self.store, queries.trainers(self.store).get(row.name, 0))
+        if last is None:
             raise ResumeError(f"no session of {row.name!r} is recorded, so how to start it is not known")
-        last = max(sessions, key=lambda session: session.id)
         if last.launch is None:
             raise ResumeError(
                 f"{row.name!r} was not started by a command line that can be run again (a notebook, or a script piped "
@@ -538,8 +686,8 @@ class Client:
         return rows[0]
 
     def _best_metric(self, run: str | None) -> str:
-        configs = [row.config for row in self.sessions() if row.run == run]
-        return str(configs[-1].get("best_metric", "val_loss")) if configs else "val_loss"
+        config = queries.configs(self.store).get(run or "", {})
+        return str(config.get("best_metric", "val_loss"))
 
     def _session_on(self, run: str) -> SessionRow | None:
         return next((session for session in self.sessions(alive=True) if session.run == run), None)
@@ -592,6 +740,14 @@ class Client:
         if isinstance(found, Path):
             raise UnknownReferenceError(f"{found} is not a recorded checkpoint of {self.store.root}")
         return found
+
+
+def _recipe(recipe: Recipe | str | None) -> Recipe | None:
+    if not isinstance(recipe, str):
+        return recipe
+    from onthefly.samples.recipes import parse  # brings NumPy
+
+    return parse(recipe)
 
 
 def _told(row: CheckpointRow) -> Result:

@@ -17,7 +17,7 @@ from sqlalchemy import select
 from onthefly.checkpoints import durable, sidecar
 from onthefly.checkpoints.header import Header, read_header, recorded_hash
 from onthefly.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
-from onthefly.keeping import Lineage
+from onthefly.runs.lineage import Lineage
 from onthefly.runs.references import describe
 from onthefly.store import journal, queries, schema
 from onthefly.store.queries import CheckpointRow, RunRow, SessionRow

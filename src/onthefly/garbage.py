@@ -15,6 +15,7 @@ from onthefly import fsck, keeping, repairs
 from onthefly.checkpoints import sidecar
 from onthefly.errors import CheckpointError, CommandError, StoreBusyError
 from onthefly.fsck import Finding, Report
+from onthefly.runs.lineage import Lineage
 from onthefly.runs.references import describe
 from onthefly.store import catalog, queries
 from onthefly.store.queries import CheckpointRow
@@ -105,7 +106,7 @@ def _why_left(store: Store, report: Report, finding: Finding) -> str | None:
         return "it is younger than a minute, and may be on its way into the list"
     rows = queries.checkpoints(store, evicted=True)
     live, gone = [row for row in rows if row.evicted is None], [row for row in rows if row.evicted is not None]
-    if fsck.is_only_copy(live, gone, keeping.Lineage(queries.runs(store)), finding.hash or ""):
+    if fsck.is_only_copy(live, gone, Lineage(queries.runs(store)), finding.hash or ""):
         return "a run stands on this content; `onthefly checkpoint import` brings it back"
     return None
 
@@ -119,7 +120,7 @@ def _going(finding: Finding) -> Going:
 def _let_go(store: Store, report: Report, keep: int | None) -> Iterator[Going | Left]:
     """Checkpoints that retention knows no reason to keep."""
     rows, runs, sessions = queries.checkpoints(store), queries.runs(store), queries.sessions(store)
-    kept = keeping.kept_because(rows, runs, sessions, keep)
+    kept = keeping.kept_because(rows, runs, queries.configs(store), keep)
     unsound = {finding.run for finding in report.errors}
     live = {row.run: row for row in sessions if row.ended is None}
     for run in runs:

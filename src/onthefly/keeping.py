@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from onthefly.checkpoints import retention
 from onthefly.config import SessionConfig
 from onthefly.errors import CommandError
+from onthefly.runs.lineage import Lineage
 from onthefly.runs.references import IMPORTED, describe, in_order, stands
 
 if TYPE_CHECKING:
-    from onthefly.store.queries import CheckpointRow, RunRow, SessionRow
+    from onthefly.store.queries import CheckpointRow, RunRow
 
 
 def kept_because(
     checkpoints: Iterable[CheckpointRow],
     runs: Sequence[RunRow],
-    sessions: Sequence[SessionRow],
+    configs: Mapping[str, Mapping[str, Any]],
     keep: int | None = None,
 ) -> dict[int, tuple[str, ...]]:
     """For the id of every live checkpoint, retention's words for why it stays; without a word, it may go.
 
-    Each run is judged by the settings of its newest session, and by those that are usual when it never had one;
+    Each run is judged by the settings of its newest session, `configs`, and by those that are usual when it never had one;
     with `keep`, so many of the newest are kept whatever was set.
     """
     lineage = Lineage(runs)
     live = [row for row in checkpoints if row.evicted is None]
-    configs = {session.run: session.config for session in sorted(sessions, key=lambda session: session.id)}
     found: dict[int, tuple[str, ...]] = {}
     for run in runs:
         config = configs.get(run.name, {})
@@ -67,29 +67,3 @@ def refuse_removal(
         raise CommandError(
             f"{describe(row)} is the newest of {row.run!r}, and what a resume would begin with; --force removes it all the same"
         )
-
-
-class Lineage:
-    """What the runs of a store stand on: their parents' checkpoints, and those that their generations began from."""
-
-    def __init__(self, runs: Iterable[RunRow]) -> None:
-        self._by_hash: dict[str, str] = {}
-        self._by_path: dict[str, str] = {}
-        for run in runs:
-            for _, content in run.parents:
-                self._by_hash.setdefault(content, run.name)
-            if run.base is not None:
-                self._by_hash.setdefault(run.base["hash"], run.name)
-                self._by_path.setdefault(run.base["path"], run.name)
-
-    def needs(self, row: CheckpointRow) -> bool:
-        """Whether a run stands on this checkpoint."""
-        return self.run_on(row) is not None
-
-    def needs_content(self, hash: str) -> bool:
-        """Whether a run stands on a checkpoint of this content."""
-        return hash in self._by_hash
-
-    def run_on(self, row: CheckpointRow) -> str | None:
-        """A run that stands on this checkpoint."""
-        return self._by_hash.get(row.hash) or self._by_path.get(str(row.path))

@@ -16,6 +16,7 @@ from torch import nn
 from onthefly.config import SessionConfig
 from onthefly.control.looking import evaluate, to_device, undisturbed
 from onthefly.errors import MissingPartError
+from onthefly.samples.scan import per_sample_loss
 from onthefly.session import attach
 from onthefly.state.loader import one_pass
 
@@ -44,7 +45,8 @@ class Trainer:
     gradient scaler). `accumulate`: batches per optimizer step; the last, shorter group of an epoch steps too (in a
     loader without a length it waits for the next epoch's batches). `schedule`: when the scheduler steps, after every
     "epoch" (a `ReduceLROnPlateau` is given the validation loss) or every optimizer "step". `metrics`: further
-    numbers for validation and test. Gradient clip is `SessionConfig.grad_clip`.
+    numbers for validation and test. `dynamics`: record the loss of every sample in the batches that are trained on, where the loss
+    can be had for each (`onthefly samples --dynamics`). Gradient clip is `SessionConfig.grad_clip`.
 
     Raises `ValueError` for a setting that is none of these.
     """
@@ -58,6 +60,7 @@ class Trainer:
         accumulate: int = 1,
         schedule: str = "epoch",
         metrics: Mapping[str, Metric] | None = None,
+        dynamics: bool = True,
     ) -> None:
         if amp is not None and amp not in _AMP:
             raise ValueError(f"amp is None, 'bf16' or 'fp16', not {amp!r}")
@@ -71,6 +74,7 @@ class Trainer:
         self._accumulate = accumulate
         self._schedule = schedule
         self._metrics = dict(metrics or {})
+        self._dynamics = dynamics
 
     def fit(
         self,
@@ -86,11 +90,14 @@ class Trainer:
         track: Mapping[str, Any] | None = None,
         after_step: Callable[[], None] | None = None,
         model_factory: Callable[[], nn.Module] | None = None,
+        per_sample_loss: Callable[[Any, Any], torch.Tensor] | None = None,
+        embed: Callable[..., torch.Tensor] | None = None,
     ) -> FitResult:
         """Train to `epochs` (or `config.max_epochs`) in all, validating after each, and test at the end.
 
         `loss_fn(outputs, targets)` gives a batch's mean loss. `track` names further objects of the train state, and
-        `after_step` is called after every optimizer step: an average of the weights needs both. Raises what `attach` raises,
+        `after_step` is called after every optimizer step: an average of the weights needs both. `per_sample_loss(outputs, targets)`
+        gives the loss of each sample, where `loss_fn` with `reduction="none"` cannot. Raises what `attach` raises,
         `MissingPartError` for batches that are not pairs, and `ValueError` when nobody says how long to train.
         """
         last = epochs if epochs is not None else self._config.max_epochs
@@ -108,19 +115,27 @@ class Trainer:
             val_loader=val_loader,
             test_loader=test_loader,
             loss_fn=loss_fn,
+            per_sample_loss=per_sample_loss,
+            embed=embed,
             model_factory=model_factory,
             config=self._config,
         ) as session:
             session.track(**(track or {}))
+            session.sampling.autocast = self._autocast
+            each = self._per_sample(loss_fn, per_sample_loss)
 
             for _ in session.epochs(last if last is not None else _ENDLESS):
                 model.train()
                 for batch in session:
                     inputs, targets = self._pair(batch)
-                    size, complete = self._group(session.iteration, train_loader)
+                    size, complete = self._group(session.iteration, session.batches, train_loader)
                     with self._autocast():
-                        loss = loss_fn(model(inputs), targets)
+                        outputs = model(inputs)
+                        loss = loss_fn(outputs, targets)
                     session.log(loss=loss)
+                    if each is not None and session.indices is not None:
+                        with torch.no_grad():
+                            session.log_samples(each(outputs, targets), **_judged(outputs, targets))
                     _backward(loss / size, scaler)
                     if complete:
                         _step(optimizer, scaler)
@@ -147,9 +162,17 @@ class Trainer:
             )
         return to_device(batch[0], self._device), to_device(batch[1], self._device)
 
-    def _group(self, batch: int, loader: Any) -> tuple[int, bool]:
+    def _per_sample(self, loss_fn: Any, given: Any) -> Callable[[Any, Any], torch.Tensor] | None:
+        if not self._dynamics:
+            return None
+        try:
+            return per_sample_loss(loss_fn, given)
+        except MissingPartError:  # nothing is asked for: there is just nothing to record
+            return None
+
+    def _group(self, batch: int, batches: int | None, loader: Any) -> tuple[int, bool]:
         """How many batches share the optimizer step of the epoch's `batch`-th, and whether it is the last of them."""
-        total = len(loader) if hasattr(loader, "__len__") else _ENDLESS
+        total = batches or (len(loader) if hasattr(loader, "__len__") else _ENDLESS)
         first = (batch - 1) // self._accumulate * self._accumulate
         size = min(self._accumulate, total - first)
         return size, batch - first == size
@@ -162,6 +185,18 @@ class Trainer:
     ) -> dict[str, float]:
         with undisturbed(model, loader), self._autocast():
             return evaluate(model, one_pass(loader), loss_fn, self._metrics, self._device)
+
+
+def _judged(outputs: Any, targets: Any) -> dict[str, torch.Tensor]:
+    """Whether a classifier is right about each sample [N], and by what margin; nothing for other outputs than logits [N, C]."""
+    if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)) or outputs.dim() != 2:
+        return {}
+    if targets.shape != outputs.shape[:1] or targets.is_floating_point() or outputs.shape[1] < 2:
+        return {}
+    at = targets.long().clamp(min=0).unsqueeze(1)
+    own = outputs.gather(1, at)
+    others = outputs.scatter(1, at, -torch.inf).amax(1, keepdim=True)
+    return {"correct": outputs.argmax(1) == targets, "margins": (own - others).squeeze(1)}
 
 
 def _backward(loss: torch.Tensor, scaler: torch.amp.GradScaler | None) -> None:

@@ -37,6 +37,14 @@ def test_each_command_is_tested_here():
         "resetSession",
         "testRun",
         "set",
+        # in test_branches.py and test_sampling.py
+        "forkRun",
+        "switchRun",
+        "subset",
+        "undo",
+        "scanSamples",
+        "cancelScan",
+        "exportSubset",
     }
 
 
@@ -215,14 +223,17 @@ def test_after_a_load_the_steps_are_those_that_followed_the_checkpoint(trainings
     assert_same(end, whole, *STATE)
     assert end["losses"] == whole["losses"][:loaded_in] + whole["losses"][saved_in:]
     assert end["seen"] == whole["seen"][:loaded_in] + whole["seen"][saved_in:]
-    series = training.client.series("baseline", "loss")
+    # It is another run from there: what the first one was trained to stays what it was.
+    assert loaded["run"] == "rewind1"
+    assert training.client.run("rewind1").parents == (("baseline", checkpoint["hash"]),)
+    series = training.client.trajectory("rewind1", "loss")
     assert series.steps.tolist() == list(range(1, LAST + 1))
     assert series.values.tolist() == whole["losses"]
-    assert training.client.run("baseline").generation == 1
-    (generation,) = training.client.events(kinds=["generation"])
-    assert (generation.step, generation.data["reason"]) == (saved_in, "load")
+    assert training.client.series("baseline", "loss").steps.tolist() == list(range(1, loaded_in + 1))
+    (transition,) = training.client.events(kinds=["runTransition"])
+    assert (transition.step, transition.data["reason"]) == (saved_in, "load")
     # Equal state is equal bytes: the two runs' last checkpoints are one.
-    assert checkpoints(training)[-1].hash == alone.client.checkpoints("baseline")[-1].hash
+    assert checkpoints(training, "rewind1")[-1].hash == alone.client.checkpoints("baseline")[-1].hash
 
 
 def test_what_is_set_after_a_load_holds(trainings):
@@ -237,7 +248,7 @@ def test_what_is_set_after_a_load_holds(trainings):
     training.at(13).go()
     given = ((5, 1, Values(lr=0.2, noise=0.5)),)
     assert_same(training.end(), plain(given=given), *STATE)
-    assert training.client.series("baseline", "val_loss").steps.tolist() == [5, 10, 15]
+    assert training.client.trajectory("rewind1", "val_loss").steps.tolist() == [5, 10, 15]
     assert training.client.events(kinds=["inexact"]) == []
 
 
@@ -252,7 +263,8 @@ def test_a_newer_checkpoint_can_be_loaded_after_an_older_one(trainings):
     assert training.client.load(newer["hash"])["step"] == 9
     training.client.resume()
     assert_same(training.end(), plain())
-    assert training.client.run("baseline").generation == 2
+    runs = {run.name: (run.parents[0][0] if run.parents else None, run.status) for run in training.client.runs()}
+    assert runs == {"baseline": (None, "left"), "rewind1": ("baseline", "left"), "rewind2": ("baseline", "finished")}
 
 
 def test_a_checkpoint_of_another_run_can_be_loaded(trainings):
@@ -268,7 +280,7 @@ def test_a_checkpoint_of_another_run_can_be_loaded(trainings):
 
 
 def test_a_load_survives_death(trainings):
-    """A loaded file may be gone by then: the generation that begins with it has a beginning of its own."""
+    """A loaded file may be gone by then: the run that begins with it has a beginning of its own."""
     other = trainings.start(seed=5, stops=(8,))
     theirs = other.go_on(8, "saveCheckpoint", pin=True)
     whole = other.end()
@@ -278,7 +290,7 @@ def test_a_load_survives_death(trainings):
     training.go().done(id)
     training.at(11).kill()
     shutil.rmtree(trainings.store)
-    resumed = trainings.resume(training)
+    resumed = trainings.resume(training, run="rewind1")
     assert_same(resumed.end(), whole, *STATE)
 
 
@@ -344,10 +356,12 @@ def test_after_a_reset_the_run_is_the_one_that_it_was(trainings, kind, step):
     assert result["generation"] == 1
     assert result["hash"] == alone.client.checkpoints("baseline")[0].hash
     training.at(2)
-    # The run's checkpoints are gone but for its origin, and what was pinned.
+    # The run's checkpoints are gone but for its origin, what was pinned, and the state before: that can be gone back to.
     left = checkpoints(training)
-    assert [(c.step, c.reason) for c in left] == [(0, "origin"), (training.done(pinned)["step"], "manual")]
-    assert not any(Path(training.done(before)["path"]).exists() for _ in [0])
+    saved = training.done(before)
+    assert [(c.step, c.reason) for c in left] == [(0, "origin"), (saved["step"], "manual"), (saved["step"], "manual")]
+    assert Path(training.done(pinned)["path"]) in [c.path for c in left]
+    assert Path(saved["path"]).exists()
     gone = [c for c in training.client.checkpoints("baseline", evicted=True) if c.evicted]
     assert {c.evicted_reason for c in gone} <= {"reset", "replaced"}
     training.go().at(step).go()

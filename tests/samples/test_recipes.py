@@ -79,6 +79,8 @@ def test_the_notation_of_a_recipe_is_read_back_equal(recipe):
         "indices(1, 1)",
         "indices(-1)",
         "indices(0.5)",
+        "indices(9223372036854775808)",
+        f"top(loss, 0x{'f' * 5000})",
         "cluster(3, 3)",
         "hard(0)",
         " - ".join(["all()"] * 40),
@@ -101,6 +103,12 @@ def test_what_is_no_recipe_is_refused(text):
         {"and": [{"select": "all"}]},
         {"select": []},
         {"select": "top", "field": [], "k": 1},
+        {"select": "top", "field": "loss", "k": 10**5000},
+        {"select": "hard", "fraction": 10**5000},
+        {"select": "indices", "indices": [True, 2]},
+        {"select": "indices", "indices": np.array([1.0])},
+        {"select": "indices", "indices": np.array([[1]])},
+        {"select": "all", "and": []},
     ],
 )
 def test_wrong_json_is_refused(wrong):
@@ -143,3 +151,11 @@ def test_a_selection_rich_in_label_errors_is_told_from_the_rest():
     assert (rich.chosen, rich.size, rich.base, rich.rich) == (10, 20, 0.05, True)
     assert not recipes.likely_label_errors(columns, np.arange(n)).rich
     assert recipes.likely_label_errors({"loss": margin}, np.arange(n)) is None
+
+
+def test_a_selection_of_nearly_nothing_but_label_errors_is_rich_however_many_there_are():
+    assert recipes.LabelDoubt(chosen=90, size=100, base=0.4).rich
+    assert not recipes.LabelDoubt(chosen=60, size=100, base=0.4).rich
+    assert not recipes.LabelDoubt(chosen=4, size=4, base=0.01).rich
+    assert not recipes.LabelDoubt(chosen=9, size=100, base=0.01).rich
+    assert not recipes.LabelDoubt(chosen=100, size=100, base=1.0).rich

@@ -25,7 +25,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from onthefly.control.actions import undisturbed
+from onthefly.control.looking import undisturbed
 from onthefly.errors import InvalidCommandError, MissingPartError, UnsupportedLoaderError
 from onthefly.samples.scan import PerSampleLoss, ScanStopped, names, per_sample_loss, scan
 from onthefly.samples.table import SampleTable

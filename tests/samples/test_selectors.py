@@ -45,12 +45,77 @@ def test_what_is_not_finite_shifts_no_quantile():
 
 
 def test_scan_suspects_are_confidently_something_else():
-    confidence = np.array([0.9, 0.8, 0.9, 0.02, 0.45, np.nan])
-    other = np.array([0.1, 0.2, 0.1, 0.97, 0.55, np.nan])
-    label, prediction = np.array([0, 0, 1, 1, 1, -1]), np.array([0, 0, 1, 0, 0, -1])
+    confidence = np.array([0.9, 0.8, 0.9, 0.02, 0.45, 0.7, 0.8, np.nan])
+    other = np.array([0.1, 0.2, 0.1, 0.97, 0.55, 0.3, 0.2, np.nan])
+    label, prediction = np.array([0, 0, 1, 1, 1, 1, 1, -1]), np.array([0, 0, 1, 0, 0, 1, 1, -1])
     margin = np.log(confidence / other)
     # Class 0's threshold is 0.85: sample 3 is above it, sample 4 is not.
     assert selectors.suspects_by_scan(confidence, margin, prediction, label).tolist() == [3]
+
+
+def by_hand(probabilities, label):
+    """Confident learning with whole rows of probabilities, one sample after the other."""
+    n, classes = probabilities.shape
+    own = probabilities[np.arange(n), label]
+    mean = [own[label == c].mean() if (label == c).any() else np.inf for c in range(classes)]
+    joint = np.zeros((classes, classes))
+    for i in range(n):
+        sure = [c for c in range(classes) if probabilities[i, c] >= max(mean[c], 0.5)]
+        if sure:
+            joint[label[i], max(sure, key=lambda c: probabilities[i, c])] += 1
+    found = []
+    for its in range(classes):
+        for said in set(range(classes)) - {its}:
+            lead = probabilities[:, said] - own
+            rows = [i for i in range(n) if label[i] == its and probabilities[i].argmax() == said]
+            whole = np.rint(joint[its, said] * ((label == its).sum() / max(joint[its].sum(), 1)))
+            found += sorted(rows, key=lambda i: (-lead[i], i))[: int(whole)]
+    return sorted(found)
+
+
+@unhurried
+@given(st.integers(0, 2**32), st.integers(2, 60), st.integers(2, 4), st.floats(0.5, 8))
+def test_scan_suspects_are_those_of_confident_learning_by_hand(seed, n, classes, scale):
+    draw = np.random.default_rng(seed)
+    label, logits = draw.integers(0, classes, n), draw.normal(size=(n, classes)) * scale
+    logits[np.arange(n), label] += scale
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    own = logits[np.arange(n), label]
+    others = np.where(np.arange(classes) == label[:, None], -np.inf, logits).max(1)
+    confidence = probabilities[np.arange(n), label]
+    found = selectors.suspects_by_scan(confidence, own - others, logits.argmax(1), label)
+    assert found.tolist() == by_hand(probabilities, label)
+    assert found.dtype == np.int64
+
+
+def test_a_model_that_has_learned_nothing_accuses_nobody():
+    draw = np.random.default_rng(0)
+    n, classes = 500, 10
+    label = draw.integers(0, classes, n)
+    logits = draw.normal(size=(n, classes)) * 0.1
+    confidence = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[np.arange(n), label]
+    others = np.where(np.arange(classes) == label[:, None], -np.inf, logits).max(1)
+    margin = logits[np.arange(n), label] - others
+    assert not len(selectors.suspects_by_scan(confidence, margin, logits.argmax(1), label))
+    seen, still = np.full(n, 5), np.full(n, 0.01)
+    assert not len(selectors.suspects_by_dynamics(seen, confidence, still, margin))
+    assert not len(selectors.suspects_by_dynamics(seen, confidence, still, np.full(n, np.nan)))
+
+
+def test_a_confidence_too_small_for_float32_is_a_suspect():
+    confidence = np.array([0.9, 0.9, 0.0], np.float32)
+    margin = np.array([5, 5, -300], np.float32)
+    label, prediction = np.array([0, 1, 0]), np.array([0, 1, 1])
+    assert selectors.suspects_by_scan(confidence, margin, prediction, label).tolist() == [2]
+    seen, spread = np.full(3, 5), np.zeros(3)
+    assert selectors.suspects_by_dynamics(seen, confidence, spread, margin).tolist() == [2]
+
+
+def test_dynamics_suspects_were_of_another_class_as_surely_as_others_are_of_theirs():
+    seen, spread = np.full(5, 5), np.full(5, 0.1)
+    mean = np.array([0.9, 0.9, 0.9, 0.1, 0.1])
+    other = np.array([0.1, 0.1, 0.1, 0.85, 0.3])  # sample 4 is not understood at all
+    assert selectors.suspects_by_dynamics(seen, mean, spread, np.log(mean / other)).tolist() == [3]
 
 
 def test_dynamics_suspects_stayed_low():

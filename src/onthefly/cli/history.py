@@ -1,4 +1,4 @@
-"""Listings of what is recorded: runs, checkpoints, and the history of events."""
+"""Listings of what is recorded: checkpoints, and the history of events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onthefly.cli import options, render
 from onthefly.cli.render import Column
 
 if TYPE_CHECKING:
-    from onthefly.store.queries import CheckpointRow, EventRow, RunRow, SessionRow
+    from onthefly.store.queries import CheckpointRow, EventRow
 
 Reasons = Mapping[int, tuple[str, ...]]
 
@@ -41,23 +41,6 @@ def checkpoints_command(run: str | None, evicted: bool, why: bool, store: Path |
         click.echo("no checkpoint yet; `onthefly save` makes one")
     else:
         click.echo(checkpoints_text(rows, time.time(), kept))
-
-
-@click.command("runs", short_help="Every run of the store.")
-@options.store
-@options.as_json
-def runs_command(store: Path | None, as_json: bool) -> None:
-    """Every run, oldest first: how far it is, and what it has on disk."""
-    with options.connect(store) as client:
-        runs, saved, sessions = client.runs(), client.checkpoints(), client.sessions()
-    newest = {session.run: session for session in sessions}
-    described = [_run(row, saved, newest.get(row.name)) for row in runs]
-    if as_json:
-        click.echo(render.document(described))
-    elif not described:
-        click.echo("no run yet")
-    else:
-        click.echo(runs_text(described, time.time()))
 
 
 @click.command("log", short_help="What happened, step by step.")
@@ -107,36 +90,6 @@ def checkpoints_text(rows: list[CheckpointRow], now: float, kept: Reasons | None
             _pinned(row) if kept is None else _kept(row, kept),
             render.pairs(row.metrics),
             "" if row.evicted is None else f"{row.evicted_reason} {render.ago(row.evicted, now)}",
-        ]
-        for row in rows
-    ]
-    return render.table(columns, cells)
-
-
-def runs_text(rows: list[dict[str, Any]], now: float) -> str:
-    columns = (
-        Column("RUN"),
-        Column("FROM"),
-        Column("STATUS"),
-        Column("STEP", "right"),
-        Column("EPOCH", "right"),
-        Column("GENERATION", "right"),
-        Column("CHECKPOINTS", "right"),
-        Column("ON DISK", "right"),
-        Column("CREATED", "right"),
-    )
-    several = any(row["generation"] for row in rows)
-    cells = [
-        [
-            row["name"],
-            ", ".join(parent for parent, _ in row["parents"]),
-            render.status(row["status"]),
-            str(row["step"]),
-            str(row["epoch"]),
-            str(row["generation"]) if several else "",
-            str(row["checkpoints"]),
-            render.size(row["size"]),
-            render.ago(row["created"], now),
         ]
         for row in rows
     ]
@@ -210,6 +163,13 @@ def _inexact(data: dict[str, Any]) -> str:
     return f"inexact: {data['metric']} was {data.get('recorded')!r}, came out as {data.get('repeated')!r} when repeated"
 
 
+def _child_ended(data: dict[str, Any]) -> str:
+    code = data.get("code")
+    tail = str(data.get("tail") or "").rstrip()
+    words = f"{data.get('child')}, started beside it, ended" + (f" with exit code {code}" if code else "")
+    return words + (f": {tail.splitlines()[-1]}" if tail else "")
+
+
 def _lost(data: dict[str, Any]) -> str:
     seconds = render.span(float(data.get("seconds") or 0))
     lost = data.get("metrics") or 0
@@ -219,7 +179,12 @@ def _lost(data: dict[str, Any]) -> str:
 _WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sessionStarted": _started,
     "newRun": lambda data: _line("new run", {name: item for name, item in data.items() if item != "root"}),
-    "runTransition": lambda data: _line("went over to another run", data),
+    "runTransition": lambda data: f"{data.get('reason', 'went')}: from {data.get('from')} to {data.get('to')}",
+    "undo": lambda data: f"took back: {data.get('command', 'a command')}",
+    "scanned": lambda data: f"scanned {data.get('length', 0):,} samples of the {data.get('data', '')} data",
+    "childStarted": lambda data: f"started {data.get('child')} beside it, as process {data.get('pid')}",
+    "childEnded": _child_ended,
+    "childFailed": lambda data: f"{data.get('child')} could not be started beside it: {data.get('reason', '')}",
     "finalizeRun": lambda data: "finished",
     "sessionEnded": lambda data: f"session ended: {data.get('outcome', 'unknown')}",
     "generation": _generation,
@@ -260,17 +225,3 @@ def _with_reasons(row: CheckpointRow, kept: Reasons) -> dict[str, Any]:
 
 def _after(text: str) -> str:
     return f"  {render.dim(text)}" if text else ""
-
-
-def _run(row: RunRow, saved: list[CheckpointRow], session: SessionRow | None) -> dict[str, Any]:
-    mine = [checkpoint for checkpoint in saved if checkpoint.run == row.name]
-    is_live = session is not None and session.ended is None
-    return {
-        **render.jsonable(row),
-        "status": session.status if session is not None and is_live else row.status,
-        "session": session.id if session is not None else None,
-        "step": session.step if session is not None else 0,
-        "epoch": session.epoch if session is not None else 0,
-        "checkpoints": len(mine),
-        "size": sum(checkpoint.size for checkpoint in mine),
-    }

@@ -251,7 +251,7 @@ def standing(store: Store, run: RunRow, best_metric: str) -> Standing:
     again = _recorded_commands(store, run, base, after)
     recorded = _recorded_metrics(store, run, base.step if base is not None else -1)
     head = max([*(s for steps in recorded.values() for s in steps), *(due.step for due in again)], default=-1)
-    lineage = Lineage.of(queries.runs(store))
+    lineage = Lineage(queries.runs(store))
     return Standing(
         base=base,
         kept=[_kept(row, _judged_by(row, run, best_metric)) for row in rows if Path(row.path).exists()],

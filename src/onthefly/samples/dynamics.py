@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,20 @@ Numbers = torch.Tensor | np.ndarray | Sequence[float]
 _HELD = 16  # batches; see `Dynamics`
 _HALF = math.log(2)
 _ROW = np.dtype((np.void, WIDTH * 4))  # rows are gathered three times as fast as so many numbers each
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Batch:
+    """One recording."""
+
+    indices: np.ndarray
+    losses: Any
+    correct: Any
+    margins: Any
+
+    @property
+    def form(self) -> tuple[bool, bool]:
+        return self.correct is not None, self.margins is not None
 
 
 class Dynamics:
@@ -45,7 +60,7 @@ class Dynamics:
             raise InvalidCommandError(f"a data set has 0 samples or more, not {length}")
         self._length = length
         self._values: np.ndarray | None = None  # float32 [length, 10], as `dynamics_columns` says
-        self._held: list[tuple[np.ndarray, Any, Any, Any]] = []
+        self._held: list[_Batch] = []
 
     def __len__(self) -> int:
         """The number of samples of the data set."""
@@ -81,8 +96,11 @@ class Dynamics:
             _check(correct, "correct", where.size, "b")
         if margins is not None:
             _check(margins, "margins", where.size)
+        batch = _Batch(where, _kept(losses), _kept(correct), _kept(margins))
+        if self._held and self._held[-1].form != batch.form:
+            self.flush()
         if where.size:
-            self._held.append((where, _kept(losses), _kept(correct), _kept(margins)))
+            self._held.append(batch)
         if len(self._held) >= _HELD:
             self.flush()
 
@@ -92,14 +110,15 @@ class Dynamics:
         if not self._held:
             return
         held, self._held = self._held, []
-        where = np.concatenate([indices for indices, *_ in held])
-        loss, known, margin = np.hstack([_arrays(*values) for _, *values in held])
+        loss = _joined([batch.losses for batch in held])
+        with_correct, with_margins = held[0].form
+        known = _joined([batch.correct for batch in held]) if with_correct else loss < _HALF
+        margin = _joined([batch.margins for batch in held]) if with_margins else np.full_like(loss, np.nan)
         if self._values is None:
             self._values = blank(self._length)
         rows = self._values.view(_ROW).reshape(-1)
-        for places in _rounds(where):
-            chosen = where[places]
-            rows[chosen] = _updated(rows.take(chosen), loss[places], known[places], margin[places])
+        for samples, places in _rounds(np.concatenate([batch.indices for batch in held])):
+            rows[samples] = _updated(rows.take(samples), loss[places], known[places], margin[places])
 
     def columns(self) -> dict[str, np.ndarray]:
         """The statistics as columns, which are copies; see `read_columns`."""
@@ -133,31 +152,37 @@ def _updated(rows: np.ndarray, loss: np.ndarray, known: np.ndarray, margin: np.n
     columns = rows.view(np.float32).reshape(-1, WIDTH).T.astype(np.float64, order="C")
     seen, counted, last, largest, changes = columns[:5]
     means, squares = columns[MEANS], columns[SQUARES]
+    new = np.array([loss, np.exp(-np.maximum(loss, 0)), margin], np.float64)
+    highest = new[0]
     finite = np.isfinite(loss)
-    new = np.stack([loss, np.exp(-np.maximum(loss, 0)), margin])
-    new = np.where(finite, new, means)  # as if it had been the mean: nothing moves
+    if not finite.all():
+        highest = np.where(finite, loss, -np.inf)
+        new = np.where(finite, new, means)  # as if it had been the mean: nothing moves
     difference = new - means
     seen += 1
     counted += finite
     last[:] = loss
-    np.maximum(largest, np.where(finite, loss, -np.inf), out=largest)
-    changes += np.fmod(changes, 2) != known
+    np.maximum(largest, highest, out=largest)
+    changes += (changes.astype(np.int64) & 1) != known
     means += difference / np.maximum(counted, 1)
     squares += difference[:2] * (new[:2] - means[:2])
     return columns.T.astype(np.float32, order="C").view(_ROW).reshape(-1)
 
 
-def _rounds(where: np.ndarray) -> list[Any]:
-    """Places in rounds, no sample twice in one of them: first the first place of each sample, then the second, ..."""
-    order = np.argsort(where, kind="stable")
-    ordered = where[order]
-    is_first = np.diff(ordered, prepend=-1) != 0
-    if is_first.all():
-        return [slice(None)]
-    first = np.flatnonzero(is_first)
-    number = np.arange(where.size) - np.repeat(first, np.diff(first, append=where.size))
-    by_round = np.argsort(number, kind="stable")
-    return np.split(order[by_round], np.cumsum(np.bincount(number))[:-1])
+def _rounds(where: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(samples, their places) in rounds, no sample twice in one: first each sample's first place, then its second, ...
+
+    A round is in the order of the samples, which is the one in which memory is read fastest.
+    """
+    bits = where.size.bit_length()
+    left = (where << bits) | np.arange(where.size)
+    left.sort()  # whole numbers that differ: three times as fast as a stable argsort
+    while left.size:
+        samples = left >> bits
+        first = np.ones(left.size, np.bool_)
+        np.not_equal(samples[1:], samples[:-1], out=first[1:])
+        yield samples[first], left[first] & ((1 << bits) - 1)
+        left = left[~first]
 
 
 def _indices(indices: Any) -> np.ndarray:
@@ -196,14 +221,10 @@ def _kept(values: Any) -> Any:
     return values if values is None else np.array(values)
 
 
-def _arrays(losses: Any, correct: Any, margins: Any) -> np.ndarray:
-    """Losses, whether known (0 or 1), and margins of one batch, as float32 [3, N]."""
-    loss = _array(losses)
-    known = loss < _HALF if correct is None else _array(correct)
-    return np.stack([loss, known, np.full_like(loss, np.nan) if margins is None else _array(margins)])
-
-
-def _array(values: Any) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        values = values.to("cpu", torch.float32).numpy()
-    return np.asarray(values, np.float32)
+def _joined(several: list[Any]) -> np.ndarray:
+    """The values of several batches in one float32 array. What is on one device comes from there in one piece."""
+    if all(isinstance(values, torch.Tensor) for values in several) and len({values.device for values in several}) == 1:
+        return np.asarray(torch.cat(several).to("cpu", torch.float32))
+    return np.concatenate(
+        [np.asarray(v.cpu().float() if isinstance(v, torch.Tensor) else v, np.float32) for v in several]
+    )

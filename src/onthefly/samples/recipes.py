@@ -13,6 +13,7 @@ import itertools
 import math
 import numbers
 import operator
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ DEPTH = 32
 _JUDGED_BY_SCAN = ("confidence", "margin", "prediction", "label")
 _JUDGED_BY_DYNAMICS = ("seen", "mean_confidence", "confidence_variability", "mean_margin")
 _NOTHING: Any = object()
+_LARGEST = 2**63 - 1  # what an index can be; a number of any length would be one that cannot even be printed
 _SIGNS = {"and": "&", "or": "|", "minus": "-"}
 _OPERATORS: dict[type[ast.operator], str] = {ast.BitAnd: "and", ast.BitOr: "or", ast.Sub: "minus"}
 _ALGEBRA = {"and": selectors.intersection, "or": selectors.union, "minus": selectors.difference}
@@ -64,8 +66,12 @@ class LabelDoubt:
 
     @property
     def rich(self) -> bool:
-        """Whether to warn: 5 or more, 10 % of the selection or more, and over 3 times the rate of the whole data set."""
-        return self.chosen >= 5 and self.chosen >= 0.1 * self.size and self.chosen > 3 * self.base * self.size
+        """Whether to warn: 5 or more, 10 % of the selection or more, and over 3 times the odds of the whole data set.
+
+        Odds, since no rate can be 3 times one that is above a third.
+        """
+        over = self.chosen * (1 - self.base) > 3 * self.base * (self.size - self.chosen)
+        return self.chosen >= 5 and self.chosen >= 0.1 * self.size and over
 
 
 @dataclass(frozen=True)
@@ -203,17 +209,17 @@ def likely_label_errors(columns: Columns, indices: np.ndarray) -> LabelDoubt | N
 # -- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _whole(low: int, high: int | None = None) -> Callable[[str, Any], int]:
+def _whole(low: int, high: int = _LARGEST) -> Callable[[str, Any], int]:
     def checked(name: str, value: Any) -> int:
         try:
             if isinstance(value, bool):
                 raise TypeError
             number = operator.index(value)
         except TypeError:
-            raise InvalidCommandError(f"{name} must be a whole number, not {value!r}") from None
-        if number < low or (high is not None and number > high):
-            limits = f"{low} or more" if high is None else f"{low} to {high}"
-            raise InvalidCommandError(f"{name} must be {limits}, not {number}")
+            raise InvalidCommandError(f"{name} must be a whole number, not {_short(value)}") from None
+        if not low <= number <= high:
+            limits = f"{low} or more" if number < low and high == _LARGEST else f"{low} to {high}"
+            raise InvalidCommandError(f"{name} must be {limits}, not {_short(number)}")
         return number
 
     return checked
@@ -469,7 +475,10 @@ def _there_are() -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value) if isinstance(value, str) else reprlib.repr(value)  # of a long list the first few
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

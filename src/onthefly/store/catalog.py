@@ -87,6 +87,19 @@ def record(
         _tell(connection, place, "checkpointSaved", where, told)
 
 
+def archive(store: Store, run: str, archived: float | None) -> None:
+    """Mark a run as archived at that time, or (None) as one to be listed."""
+    with store.begin() as connection:
+        connection.execute(update(schema.run).where(schema.run.c.name == run).values(archived=archived))
+
+
+def remove_run(store: Store, run: str, now: float) -> None:
+    """Mark a run as removed. Its rows stay: history, name and edges. Raises `CommandError` if a session is on it."""
+    with unattended(store, run) as connection:
+        values = {"status": "removed", "archived": now}
+        connection.execute(update(schema.run).where(schema.run.c.name == run).values(values))
+
+
 @contextmanager
 def unattended(store: Store, run: str) -> Iterator[Connection]:
     """Inside, no session is on the run, and none can begin: it is a write transaction, so keep it short.

@@ -191,6 +191,32 @@ def trainers(store: Store) -> dict[str, int]:
         return {row[0]: row[1] for row in connection.execute(newest)}
 
 
+def heads(store: Store) -> dict[str, tuple[int, int]]:
+    """For every run, the last step and epoch of its present generation that an event, a session or a metric tells of."""
+    event, run, chunk = schema.event, schema.run, schema.metric_chunk
+    present = (event.c.run == run.c.name) & (event.c.generation == run.c.generation)
+    told = select(event.c.run, func.max(event.c.step), func.max(event.c.epoch)).join(run, present).group_by(event.c.run)
+    same = (chunk.c.run == run.c.name) & (chunk.c.generation == run.c.generation)
+    logged = select(chunk.c.run, func.max(chunk.c.last_step)).join(run, same).group_by(chunk.c.run)
+    with store.read() as connection:
+        steps = {row[0]: row[1] for row in connection.execute(logged)}
+        found = {row[0]: (max(row[1] or 0, steps.get(row[0], 0)), row[2] or 0) for row in connection.execute(told)}
+    for session in sessions(store):
+        if session.run in found:
+            step, epoch = found[session.run]
+            found[session.run] = (
+                (max(step, session.step), max(epoch, session.epoch)) if session.ended else (step, epoch)
+            )
+    return found
+
+
+def configs(store: Store) -> dict[str, dict[str, Any]]:
+    """For every run, the settings of the newest session that has been on it."""
+    by_id = {row.id: row.config for row in sessions(store)}
+    last = {row.run: row.id for row in sessions(store)}
+    return {run: by_id[id] for run, id in {**last, **trainers(store)}.items() if id in by_id}
+
+
 def scans(store: Store, *, run: str | None = None, checkpoint: str | None = None) -> list[ScanRow]:
     """Scans, oldest first: of a run, of a state."""
     table = schema.scan
