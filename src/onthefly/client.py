@@ -625,7 +625,7 @@ class Client:
         """
         from onthefly import verification
 
-        return verification.replay(self.plan(ref, to), timeout=timeout)
+        return verification.replay(self.plan(ref, to), self.store.scans_dir, timeout=timeout)
 
     def fsck(self, *, full: bool = True, progress: Progress | None = None) -> Report:
         """Look whether every recorded checkpoint is there with its content, and what else lies beside them. Changes nothing.

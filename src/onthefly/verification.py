@@ -109,10 +109,10 @@ def plan(
     return Plan(start, end, list(_commands(events, start, end)), launch, inexact)
 
 
-def replay(plan: Plan, *, timeout: float | None = None) -> Verification:
+def replay(plan: Plan, scans: Path, *, timeout: float | None = None) -> Verification:
     """Train the stretch again in a fresh process, and compare.
 
-    `timeout` is in seconds. Raises `ResumeError`, quoting the process's last words, when it does not come to the end,
+    Selections are read from `scans`. `timeout` is in seconds. Raises `ResumeError`, quoting the process's last words, when it does not come to the end,
     and `CheckpointError` when the checkpoint to start from cannot be used.
     """
     if not plan.start.path.is_file():
@@ -124,7 +124,7 @@ def replay(plan: Plan, *, timeout: float | None = None) -> Verification:
         start = _held(plan.start.path, folder / "start.safetensors")
         end = _held(plan.end.path, folder / "end.safetensors") if plan.end.path.is_file() else plan.end.path
         out = folder / "replayed.safetensors"
-        _run(plan, start, folder, out, timeout)
+        _run(plan, start, folder, out, scans, timeout)
         from onthefly.checkpoints.format import open_checkpoint
 
         replayed_hash = open_checkpoint(out).hash
@@ -240,7 +240,7 @@ def _held(path: Path, name: Path) -> Path:
     return name
 
 
-def _run(plan: Plan, start: Path, folder: Path, out: Path, timeout: float | None) -> None:
+def _run(plan: Plan, start: Path, folder: Path, out: Path, scans: Path, timeout: float | None) -> None:
     order = {
         "checkpoint": str(start),
         "hash": plan.start.hash,
@@ -249,6 +249,7 @@ def _run(plan: Plan, start: Path, folder: Path, out: Path, timeout: float | None
         "until": [plan.end.step, plan.end.epoch],
         "commands": plan.commands,
         "out": str(out),
+        "scans": str(scans.absolute()),
     }
     extra = {launching.REPLAY: json.dumps(order), launching.STORE: str(folder / "store")}
     log = folder / "output.txt"

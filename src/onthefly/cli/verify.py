@@ -33,10 +33,10 @@ def verify_command(ref: str | None, to: str | None, timeout: float | None, store
     from onthefly import verification
 
     with options.connect(store) as client:
-        plan = client.plan(ref, to)
+        plan, scans = client.plan(ref, to), client.store.scans_dir
     waiting = nullcontext() if as_json else _waiting(plan)
     with _leaving_in_order(), waiting:
-        found = verification.replay(plan, timeout=timeout)
+        found = verification.replay(plan, scans, timeout=timeout)
     click.echo(render.document(found) if as_json else text(found))
     if not found.equal:
         click.get_current_context().exit(InexactError.exit_code)

@@ -19,13 +19,20 @@ from onthefly.samples.selection import Selection
 Kind = Literal["root", "fork", "rewind", "merge"]
 
 
+_PATIENCE = 2.0  # seconds with git; it is the start of a training that waits
+
+
 class Provenance:
-    """Writes the manifests of the runs that a session begins. The version of the code is looked up once."""
+    """Writes the manifests of the runs that a session begins.
+
+    The version of the code is looked up here and now, before there are loader workers: one that is forked while git is being
+    started on another thread would hold git's pipe open, and that thread would wait for it as long as the worker lives.
+    """
 
     def __init__(self, begun: Start) -> None:
         self._start = begun
         self._seed = torch.initial_seed()
-        self._code: Mapping[str, Any] | None = None
+        self._code = code_version(Path((begun.launch or {}).get("cwd", Path.cwd())), timeout=_PATIENCE)
 
     def manifest(
         self,
@@ -35,13 +42,8 @@ class Provenance:
         selection: Selection | None,
         born: Sequence[Change],
     ) -> str | None:
-        """Write the manifest of a run, and give its digest; None when the disk does not take it, which is logged.
-
-        It may take as long as git does: call it on a thread that training does not wait for.
-        """
+        """Write the manifest of a run, and give its digest; None when the disk does not take it, which is logged."""
         launch = self._start.launch or {}
-        if self._code is None:
-            self._code = code_version(Path(launch.get("cwd", Path.cwd())))
         changes: dict[str, Any] = {}
         for change in born:
             if isinstance(change, commands.SetValue):
