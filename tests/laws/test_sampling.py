@@ -1,0 +1,110 @@
+"""Scans and exports of a live training: right, tied to a state, and without a trace."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from law_programs import SAMPLES
+from law_trainings import STATE, assert_same
+
+from onthefly.samples.table import SampleTable
+
+
+@pytest.mark.parametrize("kind", [{}, {"workers": 2}], ids=["here", "workers"])
+def test_a_scan_leaves_no_trace_and_is_not_made_twice_of_one_state(trainings, kind):
+    alone = trainings.start(store="alone", **kind)
+    training = trainings.start(stops=(7,), **kind)
+    training.at(7)
+    first, second = training.deliver("scanSamples"), training.deliver("scanSamples")
+    training.go()
+    found, again = training.done(first), training.done(second)
+    assert (found["samples"], found["step"], found["again"]) == (SAMPLES, 7, False)
+    assert again["again"] is True
+    assert again["path"] == found["path"]
+    assert_same(training.end(), alone.end(), *STATE)
+    (row,) = training.client.scans("baseline")
+    assert row.checkpoint == found["checkpoint"]
+    assert row.checkpoint in {c.hash for c in training.client.checkpoints("baseline", evicted=True)}
+    table = SampleTable.read(row.path, content=row.hash)
+    assert np.isclose(table.columns["loss"].mean(), found["loss"])
+
+
+def test_a_fork_by_quantile_is_on_the_samples_with_the_largest_losses(trainings):
+    training = trainings.start(stops=(7,), augmented=False)
+    training.at(7)
+    scanned = training.deliver("scanSamples")
+    recipe = {"select": "quantile", "field": "loss", "low": 0.75, "high": 1.0}
+    forked = training.deliver("forkRun", recipe=recipe)
+    training.go()
+    path, result = training.done(scanned)["path"], training.done(forked)
+    training.end()
+    losses = SampleTable.read(path).columns["loss"]
+    chosen = training.client.selection("fork1").indices
+    assert result["samples"] == len(chosen) == SAMPLES // 4
+    assert set(chosen) == set(np.argsort(losses)[-len(chosen) :])
+
+
+def test_samples_are_exported_with_their_values(trainings, tmp_path):
+    training = trainings.start(stops=(7,))
+    training.at(7)
+    recipe = {"select": "indices", "indices": [3, 5, 8]}
+    ids = [
+        training.deliver("exportSubset", recipe=recipe, path=str(tmp_path / "three.csv")),
+        training.deliver("exportSubset", recipe=recipe, path=str(tmp_path / "three.csv")),
+        training.deliver("exportSubset", path=str(tmp_path / "all.txt")),
+    ]
+    training.go()
+    assert training.done(ids[0])["rows"] == 3
+    assert "already" in training.failed(ids[1])["message"]
+    assert training.failed(ids[2])["type"] == "InvalidCommandError"
+    training.end()
+    with open(tmp_path / "three.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == [3, 5, 8]
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+
+
+def test_what_cannot_be_scanned_is_said(trainings):
+    training = trainings.start(stops=(7,), test_loss=None)
+    training.at(7)
+    ids = [
+        training.deliver("scanSamples"),
+        training.deliver("scanSamples", data="test"),
+        training.deliver("cancelScan"),
+        training.deliver("forkRun", recipe={"select": "forgotten", "times": 1}),
+    ]
+    training.go()
+    kinds = [training.failed(id)["type"] for id in ids]
+    assert kinds == ["MissingPartError", "MissingPartError", "InvalidCommandError", "MissingPartError"]
+    training.end()
+
+
+def test_what_a_loop_logs_of_its_samples_is_part_of_the_state(tmp_path, monkeypatch):
+    import onthefly
+    from onthefly import client as door
+
+    monkeypatch.setenv("ONTHEFLY_STORE", str(tmp_path / "store"))
+    inputs, targets = torch.randn(24, 3), torch.arange(24) % 2
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=8, shuffle=True)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorded = {}
+    with onthefly.attach(
+        model, optimizer, train_loader=loader, config=onthefly.SessionConfig(handle_signals=False)
+    ) as session:
+        for _ in session.epochs(3):
+            for x, y in session:
+                losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+                assert torch.equal(x, inputs[session.indices])
+                session.log_samples(losses)
+                for index, loss in zip(session.indices.tolist(), losses.tolist(), strict=True):
+                    recorded.setdefault(index, []).append(loss)
+                losses.mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    with door.connect() as client:
+        table = client.samples(dynamics=True)
+    assert table.columns["seen"].tolist() == [3] * 24
+    means = [np.mean(recorded[index]) for index in range(24)]
+    np.testing.assert_allclose(table.columns["mean_loss"], means, rtol=1e-5)
