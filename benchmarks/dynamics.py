@@ -1,7 +1,8 @@
 """Microseconds a step inside `Dynamics.record`: random batches of 256 of a million samples.
 
 Batches are applied 16 at a time. So what is judged is the mean of 16 steps in a row, each share of that work in it, and of
-those means the median; single steps are printed beside it. Between the calls something large is written, as a training step would, so that the caches are not ours alone.
+those means the median; single steps, and the processor's time (which other processes disturb less), are printed beside it.
+Between the calls something large is written, as a training step would, so that the caches are not ours alone.
 """
 
 from __future__ import annotations
@@ -21,19 +22,24 @@ SAMPLES, BATCH = 1_000_000, 256
 CACHE = 1 << 17  # numbers of 8 bytes: the second-level cache of most cores
 
 
-def microseconds(dynamics: Dynamics, steps: int, draw: np.random.Generator, *, whole: bool) -> list[float]:
-    """Of each step; `whole`: with correctness and margins."""
-    times, other = [], np.zeros(CACHE)
+def microseconds(
+    dynamics: Dynamics, steps: int, draw: np.random.Generator, *, whole: bool
+) -> tuple[list[float], list[float]]:
+    """Of each step, by the clock and of the processor; `whole`: with correctness and margins."""
+    times: list[float] = []
+    busy: list[float] = []
+    other = np.zeros(CACHE)
     batches = draw.integers(0, SAMPLES, (steps, BATCH))
     for batch in batches:
         losses = torch.rand(BATCH, requires_grad=True) * 2
         correct = torch.rand(BATCH) < 0.5 if whole else None
         margins = torch.randn(BATCH) if whole else None
         other += 1
-        began = time.perf_counter_ns()
+        worked, began = time.thread_time_ns(), time.perf_counter_ns()
         dynamics.record(batch, losses, correct, margins)
         times.append((time.perf_counter_ns() - began) / 1000)
-    return times
+        busy.append((time.thread_time_ns() - worked) / 1000)
+    return times, busy
 
 
 def grouped(times: list[float]) -> list[float]:
@@ -55,16 +61,19 @@ def main() -> None:
     dynamics.flush()
     report.note("the first recording, which allocates", (time.perf_counter() - began) * 1e3, "ms")
     every: dict[bool, list[float]] = {False: [], True: []}
+    busy: dict[bool, list[float]] = {False: [], True: []}
     medians: dict[bool, list[float]] = {False: [], True: []}
     again: list[float] = []
     for _ in range(options.rounds):
         for whole in (False, True):
-            times = microseconds(dynamics, options.steps, draw, whole=whole)
+            times, processor = microseconds(dynamics, options.steps, draw, whole=whole)
             every[whole] += times
+            busy[whole] += processor
             medians[whole].append(statistics.median(grouped(times)))
-        again.append(statistics.median(grouped(microseconds(dynamics, options.steps, draw, whole=False))))
+        again.append(statistics.median(grouped(microseconds(dynamics, options.steps, draw, whole=False)[0])))
     for whole, name in ((False, "record, losses"), (True, "record, losses, correctness, margins")):
         report.judge(f"{name}: a step, mean of 16", percentile(grouped(every[whole]), 0.5), 100, "us")
+        report.note(f"{name}: processor's time, the same", percentile(grouped(busy[whole]), 0.5), "us")
         report.note(f"{name}: median step", percentile(every[whole], 0.5), "us")
         report.note(f"{name}: p99", percentile(every[whole], 0.99), "us")
     report.note("A/A ratio", ratio(again, medians[False]))
