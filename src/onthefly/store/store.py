@@ -254,12 +254,25 @@ class Store:
                 if connection.execute(this.values(status="killed", outcome="killed", ended=time)).rowcount == 0:
                     continue  # another process was faster, or the session's last words were still in its journal
                 name = connection.scalar(select(table.c.run).where(table.c.id == session.id))
+                name = self._standing_run(connection, name)
                 if not connection.scalar(select(exists().where(table.c.run == name, table.c.id > session.id))):
                     left = update(run).where(run.c.name == name, run.c.status != "finished")
                     connection.execute(left.values(status="unfinished"))
                 projection.fail_queued(connection, session.id, time)
                 ended.append(session.id)
         return ended
+
+    def _standing_run(self, connection: Connection, name: str) -> str:
+        """The run that a killed session leaves unfinished: the one it was on, or, if that was a fork whose origin was not
+        durable yet, its parent. Such a fork can never be gone on with, and is marked as failed."""
+        run, edge = schema.run, schema.run_parent
+        row = connection.execute(select(run).where(run.c.name == name)).one_or_none()
+        own = select(exists().where(schema.checkpoint.c.run == name, schema.checkpoint.c.evicted.is_(None)))
+        if row is None or row.kind == "root" or row.base is not None or connection.scalar(own):
+            return name
+        parent = connection.scalar(select(edge.c.parent).where(edge.c.run == name, edge.c.position == 0))
+        connection.execute(update(run).where(run.c.name == name).values(status="failed"))
+        return str(parent) if parent is not None else name
 
     def _prepare(self, deadline: float) -> None:
         """Make the tables of a new database, or check the version of an old one. Several processes may do it at once."""
