@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from sqlalchemy import select
 
+from onthefly import provenance_check
 from onthefly.checkpoints import durable, sidecar
 from onthefly.checkpoints.header import Header, read_header, recorded_hash
 from onthefly.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
@@ -36,8 +37,14 @@ Kind = Literal[
     "unrecorded",  # a whole checkpoint that no row knows
     "foreign",  # called like a checkpoint, and none
     "journal",  # a journal that cannot be read to its end
+    "manifest",  # a run's manifest that is missing, damaged, or of another run
+    "edge",  # a parent that is not there, or that the manifest and the store name differently
+    "selection",  # the samples that a run was begun on, missing or damaged
+    "scan",  # per-sample values that are missing or damaged
 ]
-ERRORS: frozenset[Kind] = frozenset({"damaged", "replaced", "unreadable", "lost", "broken link"})
+ERRORS: frozenset[Kind] = frozenset(
+    {"damaged", "replaced", "unreadable", "lost", "broken link", "manifest", "edge", "selection", "scan"}
+)
 """What makes a store unsound. All else is a note: nothing that was reported saved is missing."""
 LOST = "lost"
 """The reason on the tombstone of a checkpoint whose file was not there any more."""
@@ -96,6 +103,7 @@ def check(store: Store, *, full: bool = True, progress: Progress | None = None) 
     for folder in view.folders():
         findings += _files(view, folder, full)
     findings += _journals(store, view, full)
+    findings += _provenance(store, view)
     later = _View.of(store)  # sessions go on saving and removing while this looks
     there = tuple(finding for finding in findings if _holds(finding, later))
     return Report(store.root, len(later.live), sum(size_of(row.path) for row in later.live), full, there)
@@ -336,6 +344,11 @@ def _spare(view: _View, kind: Kind, path: Path, message: str, *, run: str | None
     session = view.session_on(run)
     advice = None if session is None else _left_to(session)
     return Finding(kind, path, message, "remove it" if session is None else None, advice, run, **more)
+
+
+def _provenance(store: Store, view: _View) -> Iterator[Finding]:
+    for kind, run, path, message in provenance_check.problems(store, view.runs):
+        yield Finding(kind, path, message, run=run, severity="error", advice="bring back a copy of the store's folder")
 
 
 def _journals(store: Store, view: _View, full: bool) -> Iterator[Finding]:

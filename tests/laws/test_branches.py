@@ -268,3 +268,32 @@ def test_a_child_that_dies_at_its_start_is_told_of_with_its_last_words(tmp_path)
 def _live(store):
     with door.connect(store) as client:
         return client.sessions(alive=True)
+
+
+@pytest.mark.parametrize(
+    "fault", ["none", "manifest gone", "manifest altered", "selection altered", "scan gone", "edge"]
+)
+def test_a_planted_fault_in_what_a_fork_stands_on_is_named(trainings, fault):
+    training = trainings.start(stops=(7,))
+    recipe = {"select": "quantile", "field": "loss", "low": 0.5, "high": 1.0}
+    training.go_on(7, "forkRun", recipe=recipe)
+    training.end()
+    store = training.client.store
+    path = store.manifests_dir / f"{training.client.run('fork1').manifest[:16]}.json"
+    if fault == "manifest gone":
+        path.unlink()
+    elif fault == "manifest altered":
+        path.write_bytes(path.read_bytes().replace(b"fork1", b"fork2"))
+    elif fault == "selection altered":
+        (selection,) = store.scans_dir.glob("selection-*")
+        data = bytearray(selection.read_bytes())
+        data[len(data) // 2] ^= 1
+        selection.write_bytes(data)
+    elif fault == "scan gone":
+        training.client.scans()[0].path.unlink()
+    elif fault == "edge":
+        with store.begin() as connection:
+            connection.exec_driver_sql("UPDATE run_parent SET hash = ? WHERE run = 'fork1'", ("f" * 64,))
+    kinds = {finding.kind for finding in training.client.fsck().errors}
+    expected = {"none": set(), "edge": {"edge", "broken link"}}.get(fault, {fault.split()[0]})
+    assert kinds == expected or (fault == "edge" and "edge" in kinds)

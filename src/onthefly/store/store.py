@@ -253,8 +253,8 @@ class Store:
                 this = update(table).where(table.c.id == session.id, table.c.ended.is_(None))
                 if connection.execute(this.values(status="killed", outcome="killed", ended=time)).rowcount == 0:
                     continue  # another process was faster, or the session's last words were still in its journal
-                name = connection.scalar(select(table.c.run).where(table.c.id == session.id))
-                name = self._standing_run(connection, name)
+                on = connection.execute(select(table.c.run).where(table.c.id == session.id)).scalar_one()
+                name = self._standing_run(connection, on)
                 if not connection.scalar(select(exists().where(table.c.run == name, table.c.id > session.id))):
                     left = update(run).where(run.c.name == name, run.c.status != "finished")
                     connection.execute(left.values(status="unfinished"))
