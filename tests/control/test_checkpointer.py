@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 import threading
 import time
 
@@ -133,6 +134,19 @@ def test_a_torn_save_that_no_boundary_follows_has_failed(attach, tmp_path):
     assert [row.step for row in rows(tmp_path)] == [0]
 
 
+def set_once_waited_for(busy, thread):
+    """Set it when the thread stands in the middle of taking a slot, and long enough for that to be worth telling."""
+    names = ()
+    while "_slot" not in names:
+        time.sleep(0.005)
+        frame, names = sys._current_frames()[thread], []
+        while frame is not None:
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+    time.sleep(0.2)
+    busy.set()
+
+
 @pytest.mark.parametrize(("policy", "kind"), [("wait", "checkpointWaited"), ("skip", "checkpointSkipped")])
 def test_a_save_that_finds_all_slots_in_use_waits_or_is_passed_over_and_says_so(attach, tmp_path, policy, kind):
     session, step = attach(ckpt_when_busy=policy, ckpt_every_steps=2)
@@ -142,7 +156,7 @@ def test_a_save_that_finds_all_slots_in_use_waits_or_is_passed_over_and_says_so(
             session._checkpointer.settle()
             session._checkpointer._writer.submit(busy.wait)
         if i == 3 and policy == "wait":
-            threading.Timer(0.3, busy.set).start()
+            threading.Thread(target=set_once_waited_for, args=(busy, threading.get_ident())).start()
         if i == 5:
             busy.set()
         step()
@@ -224,7 +238,7 @@ def test_a_run_does_not_lose_what_it_stands_on(attach, tmp_path):
     for _ in session.steps(2):
         step()
     session._checkpointer.settle()
-    origin = session._ring.origin()
+    origin = session._checkpointer.ring.origin()
     with pytest.raises(InvalidCommandError, match="stands on"):
         session.remove(origin.path)
     assert origin.path.exists()
@@ -316,7 +330,7 @@ def test_the_last_checkpoint_is_durable_when_the_loop_has_ended(attach, tmp_path
     session, step = attach()
     for _ in session.steps(2):
         step()
-    assert session._ring.find(session.save("end").result().path).step == 2
+    assert session._checkpointer.ring.find(session.save("end").result().path).step == 2
     assert session._checkpointer.save("end").done()
 
 
