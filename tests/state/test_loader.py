@@ -642,6 +642,7 @@ def test_a_load_goes_to_the_subset_that_was_stored_whatever_it_is_bound_to():
     live.rebind(OTHER)
     live.load_state_dict(bound_state())
     assert live.subset.tolist() == SUBSET
+    assert (live.active, live.batches) == (len(SUBSET), 3)
     assert [batch[:, 0].tolist() for batch in live] == [SUBSET[4:8], SUBSET[8:]]
     live.load_state_dict(stored(ExactLoader(make("sequential")).state_dict()))
     assert live.subset is None

@@ -67,7 +67,7 @@ class ExactLoader:
         self._order: _Order | None = None
         self._iterator: Iterator[Any] | None = None
         self._subset: torch.Tensor | None = None
-        self._passes = 0  # of this epoch, before the one under way: each rebinding begins another
+        self._passes = 0  # how often an epoch that had begun got a new pass, over other samples
         self._drawn: deque[Any] | None = None  # the indices of batches that workers are ahead with, if they can be told
         self._handed: Any = None  # those of the last batch
         self._ended = False
@@ -144,7 +144,6 @@ class ExactLoader:
         self._resume = None
         self._start = None
         self._ended = False
-        self._passes = 0
         self.epoch += 1
         self.batch = 0
         self.under_way = False
@@ -158,7 +157,6 @@ class ExactLoader:
     def close(self) -> None:
         """Let go of the iterator and its worker processes."""
         self._iterator = None
-        self._drawn = None
         self._order = None
         if self._built is not None:
             self._built._iterator = None
@@ -220,11 +218,8 @@ class ExactLoader:
             self._passes += 1
         self._subset, self._sampler = subset, sampler
         self._iterator = None
-        self._drawn = None
         self._start = None
         self._ended = False
-        if self._order is not None:
-            self._order.length = None
         self.batch = 0
 
     # -- position ----------------------------------------------------------------------------------------------
