@@ -12,7 +12,6 @@ import statistics
 import torch
 from harness import Report, ratio, seconds
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from onthefly.samples.scan import per_sample_loss, scan
@@ -21,12 +20,13 @@ SAMPLES, BATCH, CLASSES = 50_000, 256, 10
 
 
 def by_hand(model: nn.Module, loader: DataLoader[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    criterion = nn.CrossEntropyLoss(reduction="none")
     losses = torch.empty(SAMPLES)
     done = 0
     model.eval()
     with torch.no_grad():
         for inputs, targets in loader:
-            batch = F.cross_entropy(model(inputs), targets, reduction="none")
+            batch = criterion(model(inputs), targets)
             losses[done : done + len(batch)] = batch
             done += len(batch)
     return losses

@@ -223,6 +223,20 @@ def test_integer_targets_beyond_the_outputs_are_no_classes():
     assert np.isfinite(found["loss"]).all()
 
 
+def test_of_equal_outputs_the_first_is_the_prediction():
+    logits = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 2.0], [3.0, 1.0, 3.0]]).repeat(3, 1)
+    dataset = TensorDataset(logits, torch.arange(9) // 3)
+    found = scan(nn.Identity(), DataLoader(dataset, batch_size=4), cross_entropy)
+    assert found["prediction"].tolist() == [0, 1, 0] * 3
+    assert found["correct"].tolist() == [True, False, True, False, True, False, False, False, False]
+
+
+def test_el2n_of_a_sure_prediction_keeps_its_digits():
+    dataset = TensorDataset(torch.tensor([[20.0, 0.0]]), torch.tensor([0]))
+    found = scan(nn.Identity(), DataLoader(dataset, batch_size=1), cross_entropy)
+    assert found["el2n"][0] == pytest.approx(math.sqrt(2) / (1 + math.exp(20)), rel=1e-5)
+
+
 def test_nan_losses_stay_nan():
     inputs, targets = data().tensors
     inputs[7] = torch.nan
@@ -276,6 +290,14 @@ def test_a_certain_position_counts_where_the_criterion_says_what_does_not():
     targets = torch.zeros(1, 2, dtype=torch.int64)
     found = cross_entropy(logits, targets)
     assert found.item() == pytest.approx(math.log(2) / 2)
+
+
+def test_what_is_ignored_does_not_count_whatever_its_loss():
+    def own(outputs, targets, ignore_index=7, reduction="mean"):
+        return outputs
+
+    losses, targets = torch.tensor([[1.0, 9.0, 3.0], [math.nan, 4.0, 9.0]]), torch.tensor([[0, 7, 0], [7, 0, 7]])
+    assert per_sample_loss(own)(losses, targets).tolist() == [2.0, 4.0]
 
 
 @unhurried
@@ -565,7 +587,9 @@ def test_without_a_linear_layer_it_is_the_last_with_parameters():
 
 @pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.Sequential, nn.DataParallel])
 def test_a_wrapped_model_has_the_embeddings_of_its_inside(wrap):
-    found = scan(wrap(model_of()), DataLoader(data(), batch_size=8), cross_entropy, embeddings=True)
+    model = wrap(model_of())
+    scan(model, DataLoader(data(), batch_size=8), cross_entropy)  # compiles it, where it is compiled
+    found = scan(model, DataLoader(data(), batch_size=8), cross_entropy, embeddings=True)
     wanted = scan(model_of(), DataLoader(data(), batch_size=8), cross_entropy, embeddings=True)
     assert_equal(found, wanted)
 

@@ -199,6 +199,18 @@ def test_a_file_whose_header_lies_is_refused(tmp_path, columns, rows):
         SampleTable.read(path)
 
 
+def test_no_memory_is_taken_for_rows_that_a_file_cannot_hold(tmp_path):
+    path = tmp_path / "table.arrow"
+    sample().write(path)
+    with pa.ipc.open_file(path) as reader:
+        note = json.dumps({"format": 1, "rows": 10**6, "about": {}}).encode()
+        batch = reader.get_batch(0).replace_schema_metadata({b"onthefly": note})
+    with pa.ipc.new_file(path, batch.schema) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(StoreError, match=r"table\.arrow.* 1000000 rows are more than its \d+ bytes can hold"):
+        SampleTable.read(path)
+
+
 def test_every_truncation_is_refused(tmp_path):
     sample().write(tmp_path / "table.arrow")
     whole = (tmp_path / "table.arrow").read_bytes()
