@@ -4,6 +4,7 @@ A trace is a file of JSON lines, written as training goes, so that a killed proc
 batch (sample indices, hash of the inputs, loss), and one at the end with the hash of every leaf of the final state.
 """
 
+import functools
 import gc
 import hashlib
 import json
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, WeightedRandomSampler, default_collate
 
 import onthefly
 from onthefly.checkpoints import format
@@ -38,10 +39,14 @@ FACTORS = {
     "augmentation": ("plain", "augmented", "collate", "own", "getitems"),
     "optimisation": ("sgd", "adamw", "fused", "onecycle", "plateau", "accumulate", "bf16", "ema"),
     "staging": ("boundary", "overlap"),  # when a save copies what only an optimizer's step changes
+    "samples": ("all", "fork"),  # the latter trains on a few of them from the middle of an epoch on
 }
 SAMPLES, BATCH, EPOCHS = 23, 4, 3  # the last batch of an epoch is a short one
 PER_EPOCH = (SAMPLES + BATCH - 1) // BATCH
 STEPS = EPOCHS * PER_EPOCH
+# In a fork the second epoch has four batches of all samples, then all four of these; so both kinds have 18 steps.
+FORKED_AT, FORKED_TO = 10, [21, 3, 17, 8, 0, 14, 5, 11, 20, 9, 2, 15, 6, 12]
+EPOCH_ENDS = {"all": (6, 12, STEPS), "fork": (6, 14, STEPS)}
 ACCUMULATE = 4
 RUN = "cell"
 
@@ -56,13 +61,22 @@ class Cell:
     augmentation: str
     optimisation: str
     staging: str
+    samples: str
 
     def __str__(self):
         return "/".join(getattr(self, name) for name in FACTORS)
 
     @property
     def is_possible(self):
-        return self.loop != "steps" or self.workers == "0"
+        return self.loop != "steps" or (self.workers == "0" and self.samples == "all")
+
+    @property
+    def has_plain_loop(self):
+        """Whether a loop without OnTheFly can do the same."""
+        # Workers seed samples by their position. And an order is drawn whole, while in a plain loop that leaves an epoch
+        # in the middle the sampler has not drawn all from its generator; a shuffle by a seed does not show that.
+        leaves_draws = self.samples == "fork" and self.sampling in ("generator", "batches")
+        return self.workers == "0" and not leaves_draws
 
     @property
     def is_announced(self):
@@ -113,9 +127,14 @@ class Trace:
 
 def die_with_all_saved():
     """Where the next process begins must be known here. (Deaths in the middle of a save are met in tests/laws.)"""
-    for session in [found for found in gc.get_objects() if isinstance(found, onthefly.Session)]:
+    for session in sessions():
         session._checkpointer.settle()
     die()
+
+
+def sessions():
+    """A Trainer shows its session to nobody."""
+    return [found for found in gc.get_objects() if isinstance(found, onthefly.Session)]
 
 
 def die():
@@ -172,15 +191,21 @@ class Fetched(Samples):
 class Batches:
     """A batch sampler of a user's own: batches of 3 to 5 samples, drawn as they are asked for."""
 
-    def __init__(self, seed):
-        self.random = random.Random(seed)
+    def __init__(self, source, samples=SAMPLES):
+        self.random, self.samples = source, samples
+        self.sizes = []
+        while (rest := samples - sum(self.sizes)) > 0:
+            self.sizes.append(min((3, 5, 4, 4, 5, 2)[len(self.sizes)], rest))
 
     def __iter__(self):
-        for size in (3, 5, 4, 4, 5, 2):
-            yield [self.random.randrange(SAMPLES) for _ in range(size)]
+        for size in self.sizes:
+            yield [self.random.randrange(self.samples) for _ in range(size)]
 
     def __len__(self):
-        return PER_EPOCH
+        return len(self.sizes)
+
+    def subset(self, indices):
+        return Batches(self.random, len(indices))
 
 
 def noisy(inputs):
@@ -202,7 +227,7 @@ def make_loader(cell, seed):
         "shuffle": {"shuffle": True, "batch_size": BATCH},
         "generator": {"shuffle": True, "batch_size": BATCH, "generator": torch.Generator().manual_seed(seed)},
         "weighted": {"sampler": WeightedRandomSampler(WEIGHTS, SAMPLES), "batch_size": BATCH},
-        "batches": {"batch_sampler": Batches(seed)},
+        "batches": {"batch_sampler": Batches(random.Random(seed))},
         "sequential": {"batch_size": BATCH},
     }[cell.sampling]
     collate = noisy_collate if cell.augmentation == "collate" else None
@@ -210,6 +235,16 @@ def make_loader(cell, seed):
     return DataLoader(
         dataset, num_workers=workers, persistent_workers=cell.workers.endswith("p"), collate_fn=collate, **order
     )
+
+
+def loader_of_fork(loader):
+    """What somebody writes who wants to train on a few samples alone, and knows nothing of OnTheFly."""
+    sampler = loader.sampler
+    order = {"shuffle": isinstance(sampler, RandomSampler)}
+    if isinstance(sampler, WeightedRandomSampler):
+        order = {"sampler": WeightedRandomSampler(sampler.weights[FORKED_TO], len(FORKED_TO))}
+    dataset = Subset(loader.dataset, FORKED_TO)
+    return DataLoader(dataset, BATCH, collate_fn=loader.collate_fn, generator=loader.generator, **order)
 
 
 class Draws:
@@ -262,6 +297,7 @@ class Training:
     def __init__(self, cell, seed, trace):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         self.cell, self.trace = cell, trace
+        self.steps = 0  # of a plain loop
         self.draws = Draws(cell, seed) if cell.loop == "steps" else None
         self.loader = None if cell.loop == "steps" else make_loader(cell, seed)
         samples = Samples()
@@ -291,6 +327,21 @@ class Training:
             case "plateau":
                 return ReduceLROnPlateau(self.optimizer, factor=0.5, patience=0)
         return None
+
+    def plain_epoch(self):
+        """An epoch's batches without OnTheFly, each with its number (from 1, and anew in a fork) and how many there are."""
+        for number, batch in enumerate(self.loader, 1):
+            yield number, len(self.loader), batch
+            self.steps += 1
+            if self.cell.samples == "fork" and self.steps == FORKED_AT:
+                self.loader = loader_of_fork(self.loader)
+                yield from self.plain_epoch()
+                return
+
+    def fork(self, session):
+        """Called after each step: a fork does this to the session's loader, and here the training program itself does."""
+        if self.cell.samples == "fork" and session.step == FORKED_AT:
+            session._loader.rebind(FORKED_TO)
 
     @property
     def accumulate(self):
@@ -360,13 +411,13 @@ def train_plain(training):
         case "epochs" | "trainer":
             mine = training.cell.loop == "trainer"
             for _ in range(EPOCHS):
-                for number, batch in enumerate(training.loader, 1):
-                    training.step(batch, number, len(training.loader), ignore, short_groups=mine)
+                for number, last, batch in training.plain_epoch():
+                    training.step(batch, number, last, ignore, short_groups=mine)
                 training.validate(ignore)
         case "flat":
             number = 0
             for _ in range(EPOCHS):
-                for batch in training.loader:
+                for _, _, batch in training.plain_epoch():
                     number += 1
                     training.step(batch, number, None, ignore)
         case "steps":
@@ -377,6 +428,12 @@ def train_plain(training):
 def train_attached(training, config, kill_at):
     if training.cell.loop == "trainer":
         optimisation = training.cell.optimisation
+        session = functools.cache(lambda: sessions()[0])  # to find it takes long
+
+        def after_step():
+            training.after_step()
+            training.fork(session())
+
         trainer = onthefly.Trainer(
             config,
             device="cpu",
@@ -393,7 +450,7 @@ def train_attached(training, config, kill_at):
             epochs=EPOCHS,
             scheduler=training.scheduler,
             track=training.tracked,
-            after_step=training.after_step,
+            after_step=after_step,
         )
         return
     parts = (training.model, training.optimizer)
@@ -405,11 +462,13 @@ def train_attached(training, config, kill_at):
             case "epochs":
                 for _ in session.epochs(EPOCHS):
                     for batch in session:
-                        training.step(batch, session.iteration, len(training.loader), session.log)
+                        training.step(batch, session.iteration, session.batches, session.log)
+                        training.fork(session)
                     training.validate(session.log)
             case "flat":
                 for batch in session:
                     training.step(batch, session.step, None, session.log)
+                    training.fork(session)
             case "steps":
                 for step in session.steps(STEPS):
                     training.step(training.draws.batch(step), step + 1, None, session.log)

@@ -1,6 +1,6 @@
 """The law: a run that was killed, and resumed by a new process, is the run that never stopped, bit for bit.
 
-python tests/exactness/exactness_law.py CASE      checks one case, such as epochs/2p/shuffle/own/adamw/overlap/every=6/kills=8,11
+python tests/exactness/exactness_law.py CASE      checks one case, such as epochs/2p/shuffle/own/adamw/overlap/all/every=6/kills=8,11
 """
 
 import json
@@ -14,9 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from exactness_cells import ACCUMULATE, FACTORS, PER_EPOCH, STEPS, Cell, Order, run
+from exactness_cells import ACCUMULATE, EPOCH_ENDS, FACTORS, FORKED_AT, FORKED_TO, PER_EPOCH, STEPS, Cell, Order, run
 
-STOPS = {"first": 1, "middle": PER_EPOCH + PER_EPOCH // 2, "last": 2 * PER_EPOCH, "next": PER_EPOCH + 1}
+STOPS = {
+    "all": {"first": 1, "middle": PER_EPOCH + PER_EPOCH // 2, "last": 2 * PER_EPOCH, "next": PER_EPOCH + 1},
+    # The first is a checkpoint that holds no batch of the fork yet.
+    "fork": {"first": FORKED_AT, "middle": FORKED_AT + 2, "last": FORKED_AT + 4, "next": FORKED_AT + 1},
+}
 SEED = int(os.environ.get("ONTHEFLY_SEED") or random.randrange(10**6))
 _PATIENCE = 120  # seconds for a process of a second; one that hangs must not hang the suite
 
@@ -57,25 +61,34 @@ class Case:
 
 def saved_last(cell, every, begun, kill):
     """The step of the newest checkpoint of a process that began at one step, and was killed in another's batch."""
-    if every == "epoch":
-        every = PER_EPOCH if cell.loop != "steps" else None
-    newest, due = begun, (begun // every + 1) * every if every else STEPS
+    newest, due = begun, due_after(cell, every, begun)
     for step in range(begun, kill):  # the boundaries that it saw; it is killed behind that of `kill - 1` batches
         if step >= due and not gradients_are_pending(cell, step):
-            newest, due = step, (step // every + 1) * every
+            newest, due = step, due_after(cell, every, step)
     return newest
+
+
+def due_after(cell, every, step):
+    """The step of the next checkpoint after that of one."""
+    if every == "epoch":
+        ends = EPOCH_ENDS[cell.samples] if cell.loop != "steps" else ()
+        return next((end for end in ends if end > step), STEPS)
+    return (step // every + 1) * every if every else STEPS
 
 
 def gradients_are_pending(cell, step):
     if cell.optimisation != "accumulate":
         return False
-    within = step if cell.loop in ("flat", "steps") else step % PER_EPOCH  # these two know of no epochs
-    return within % ACCUMULATE != 0
+    if cell.loop in ("flat", "steps"):  # these two know of no epochs
+        return step % ACCUMULATE != 0
+    begins = [0, *EPOCH_ENDS[cell.samples], *([FORKED_AT] if cell.samples == "fork" else [])]
+    return (step - max(begin for begin in begins if begin <= step)) % ACCUMULATE != 0
 
 
 def case_of(cell, stop, rng):
     """A case that is stopped at a place of `STOPS`, or at a random step, and killed at once or a few batches later."""
-    step = STOPS[stop] if stop in STOPS else rng.randrange(1, STEPS)
+    stops = STOPS[cell.samples]
+    step = stops[stop] if stop in stops else rng.randrange(1, STEPS)
     while gradients_are_pending(cell, step):
         step += 1
     return Case(cell, step, (min(step + rng.choice((1, 1, 2, 3)), STEPS),))
@@ -157,8 +170,7 @@ def check(case, folder):
     try:
         with Processes(cell, folder) as processes:
             whole = processes.start("whole", 0, every="epoch")
-            # Loader workers seed samples by their position, which no plain loop does.
-            plain = processes.start("plain", 0, attached=False) if cell.workers == "0" else None
+            plain = processes.start("plain", 0, attached=False) if cell.has_plain_loop else None
             parts = killed_and_resumed(case, processes)
             never_stopped = whole.lines()
             if plain is not None:
@@ -207,6 +219,9 @@ def assert_same_run(cell, whole, parts, resumes):
     """Every process's batches, and the end, are those of the run that never stopped."""
     *batches, end = whole
     assert len(batches) == STEPS, f"the run that never stopped had {len(batches)} batches, not {STEPS}"
+    if cell.samples == "fork":
+        forked = {index for batch in batches[FORKED_AT:] for index in batch["indices"]}
+        assert forked <= set(FORKED_TO), f"a batch of the fork held other samples: {forked - set(FORKED_TO)}"
     what = ("indices",) if cell.is_announced else ("indices", "inputs", "loss")
     *killed, (*rest, last) = parts
     for begun, part in zip([0, *resumes], [*killed, rest], strict=True):

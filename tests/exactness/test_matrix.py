@@ -14,11 +14,11 @@ from exactness_law import SEED, Case
 from exactness_pairs import all_pairs, pairs
 
 LONG = int(os.environ.get("ONTHEFLY_CELLS") or 200)
-ALL = {**FACTORS, "stop": (*law.STOPS, "any")}
+ALL = {**FACTORS, "stop": (*law.STOPS["all"], "any")}
 
 
 def is_possible(row):
-    return row.get("loop") != "steps" or row.get("workers", "0") == "0"
+    return row.get("loop") != "steps" or (row.get("workers", "0") == "0" and row.get("samples", "all") == "all")
 
 
 def pairwise_cases():
@@ -48,23 +48,28 @@ def test_many_random_cells(case, tmp_path):
 @pytest.mark.parametrize("loop", ["epochs", "flat", "trainer"])
 def test_without_exact_augmentation_loader_workers_are_those_of_the_plain_loop(loop, workers, tmp_path):
     augmentation = {"epochs": "augmented", "flat": "collate", "trainer": "own"}[loop]
-    law.check_plain(Cell(loop, workers, "shuffle", augmentation, "sgd", "overlap"), tmp_path, exact_augmentation=False)
+    law.check_plain(
+        Cell(loop, workers, "shuffle", augmentation, "sgd", "overlap", "all"), tmp_path, exact_augmentation=False
+    )
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "epochs/2/shuffle/augmented/onecycle/overlap/every=0/kills=3",  # nothing but the origin
-        "flat/2p/generator/augmented/ema/boundary/every=0/kills=3",
-        "trainer/0/batches/own/fused/overlap/every=0/kills=1",
-        "steps/0/batches/own/plateau/boundary/every=0/kills=18",
-        "epochs/2p/generator/getitems/adamw/overlap/every=5/kills=7,8",  # again, before a new checkpoint
-        "flat/2/weighted/collate/accumulate/boundary/every=4/kills=9,14",  # again, after one
-        "trainer/2p/shuffle/augmented/onecycle/overlap/every=3/kills=1,2,8,8,14",
-        "steps/0/generator/augmented/bf16/boundary/every=2/kills=4,5,17",
-        "epochs/2/shuffle/augmented/plateau/overlap/every=epoch/kills=7,15",
-        "flat/0/batches/collate/accumulate/boundary/every=epoch/kills=8,9,18",
-        "trainer/2p/generator/augmented/accumulate/overlap/every=epoch/kills=7,12,18",
+        "epochs/2/shuffle/augmented/onecycle/overlap/all/every=0/kills=3",  # nothing but the origin
+        "flat/2p/generator/augmented/ema/boundary/all/every=0/kills=3",
+        "trainer/0/batches/own/fused/overlap/all/every=0/kills=1",
+        "steps/0/batches/own/plateau/boundary/all/every=0/kills=18",
+        "epochs/2p/generator/getitems/adamw/overlap/all/every=5/kills=7,8",  # again, before a new checkpoint
+        "flat/2/weighted/collate/accumulate/boundary/all/every=4/kills=9,14",  # again, after one
+        "trainer/2p/shuffle/augmented/onecycle/overlap/all/every=3/kills=1,2,8,8,14",
+        "steps/0/generator/augmented/bf16/boundary/all/every=2/kills=4,5,17",
+        "epochs/2/shuffle/augmented/plateau/overlap/all/every=epoch/kills=7,15",
+        "flat/0/batches/collate/accumulate/boundary/all/every=epoch/kills=8,9,18",
+        "trainer/2p/generator/augmented/accumulate/overlap/all/every=epoch/kills=7,12,18",
+        "epochs/2p/generator/augmented/adamw/overlap/fork/every=9/kills=10,11,13",  # once more into the fork, then on in it
+        "flat/0/weighted/own/sgd/boundary/fork/every=10/kills=11,11",  # saved when it holds no batch yet
+        "trainer/2/batches/collate/ema/overlap/fork/every=epoch/kills=13,15,18",
     ],
 )
 def test_kills_before_the_first_checkpoint_and_several_in_a_row(text, tmp_path):
@@ -74,7 +79,7 @@ def test_kills_before_the_first_checkpoint_and_several_in_a_row(text, tmp_path):
 @pytest.mark.parametrize("loop", ["epochs", "flat", "steps"])
 @pytest.mark.parametrize("moment", ["attached", "over"])
 def test_a_kill_before_the_first_step_or_after_the_last(loop, moment, tmp_path):
-    law.check_killed_at(Cell(loop, "0", "generator", "own", "ema", "overlap"), moment, tmp_path)
+    law.check_killed_at(Cell(loop, "0", "generator", "own", "ema", "overlap", "all"), moment, tmp_path)
 
 
 def test_the_rows_hold_every_pair():
@@ -102,7 +107,7 @@ def test_a_difference_is_named():
         "step": STEPS,
     }
     batches = [{"indices": [i], "inputs": "x", "loss": "0x1p0"} for i in range(STEPS)]
-    cell = Cell("epochs", "0", "shuffle", "plain", "sgd", "boundary")
+    cell = Cell("epochs", "0", "shuffle", "plain", "sgd", "boundary", "all")
     whole = [*batches, {**end, "hash": "h"}]
     law.assert_same_run(cell, whole, [batches[:3], [*batches[2:], {**end, "hash": "h"}]], [2])
     other = [*batches[2:5], {**batches[5], "loss": "0x1p1"}, *batches[6:], {**end, "hash": "h"}]
