@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from onthefly import SessionConfig, Trainer, connect
-from onthefly.errors import MissingPartError
+from onthefly.errors import InvalidCommandError, MissingPartError
 
 
 def data(n=26):
@@ -199,3 +199,28 @@ def test_max_steps_ends_it_in_the_middle_of_an_epoch(config):
         model, torch.optim.SGD(model.parameters(), lr=0.1), nn.functional.cross_entropy, loader()
     )
     assert (result.step, result.epoch) == (10, 1)
+
+
+def test_a_loss_that_is_not_one_a_sample_is_no_reason_to_stop(tmp_path, caplog):
+    """Such as of graphs, whose batches have a row for each node: nobody asked for the losses of samples."""
+
+    def two_rows_each(samples):
+        inputs, targets = zip(*samples, strict=True)
+        return torch.stack(inputs).repeat(2, 1), torch.stack(targets).repeat(2)
+
+    data = TensorDataset(torch.randn(16, 2), torch.arange(16) % 2)
+    loader = DataLoader(data, batch_size=4, collate_fn=two_rows_each)
+    model = nn.Linear(2, 2)
+    trainer = Trainer(SessionConfig(store=tmp_path / "store", handle_signals=False))
+    result = trainer.fit(model, torch.optim.SGD(model.parameters(), 0.1), nn.functional.cross_entropy, loader, epochs=2)
+    assert result.step == 8
+    assert "losses of single samples are not recorded" in caplog.text
+    with pytest.raises(InvalidCommandError):
+        trainer.fit(
+            model,
+            torch.optim.SGD(model.parameters(), 0.1),
+            nn.functional.cross_entropy,
+            loader,
+            epochs=2,
+            per_sample_loss=lambda outputs, targets: nn.functional.cross_entropy(outputs, targets, reduction="none"),
+        )

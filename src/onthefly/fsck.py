@@ -103,7 +103,7 @@ def check(store: Store, *, full: bool = True, progress: Progress | None = None) 
     for folder in view.folders():
         findings += _files(view, folder, full)
     findings += _journals(store, view, full)
-    findings += _provenance(store, view)
+    findings += _provenance(store, view, full)
     later = _View.of(store)  # sessions go on saving and removing while this looks
     there = tuple(finding for finding in findings if _holds(finding, later))
     return Report(store.root, len(later.live), sum(size_of(row.path) for row in later.live), full, there)
@@ -346,8 +346,8 @@ def _spare(view: _View, kind: Kind, path: Path, message: str, *, run: str | None
     return Finding(kind, path, message, "remove it" if session is None else None, advice, run, **more)
 
 
-def _provenance(store: Store, view: _View) -> Iterator[Finding]:
-    for kind, run, path, message in provenance_check.problems(store, view.runs):
+def _provenance(store: Store, view: _View, full: bool) -> Iterator[Finding]:
+    for kind, run, path, message in provenance_check.problems(store, view.runs, full=full):
         yield Finding(kind, path, message, run=run, severity="error", advice="bring back a copy of the store's folder")
 
 

@@ -21,8 +21,8 @@ Kind = Literal["manifest", "edge", "selection", "scan"]
 Problem = tuple[Kind, str | None, Path, str]
 
 
-def problems(store: Store, runs: list[RunRow]) -> Iterator[Problem]:
-    """Each as (kind, run, path, message): kinds are ``manifest``, ``edge``, ``selection`` and ``scan``."""
+def problems(store: Store, runs: list[RunRow], *, full: bool) -> Iterator[Problem]:
+    """Each as (kind, run, path, message). Without `full`, scans are only looked for, and not read."""
     for name, problem in Lineage(runs).check():
         yield "edge", name, store.root, problem
     hashes = {row.hash for row in queries.checkpoints(store, evicted=True)}
@@ -40,7 +40,7 @@ def problems(store: Store, runs: list[RunRow]) -> Iterator[Problem]:
     for scan in queries.scans(store):
         if not scan.path.exists():
             yield "scan", scan.run, scan.path, "the file of a recorded scan is not there"
-        elif (damage := _unreadable(scan.path, scan.hash)) is not None:
+        elif full and (damage := _unreadable(scan.path, scan.hash)) is not None:
             yield "scan", scan.run, scan.path, damage
 
 

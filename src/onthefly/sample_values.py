@@ -20,6 +20,7 @@ from onthefly.samples.table import SampleTable
 from onthefly.store import queries
 
 if TYPE_CHECKING:
+    from onthefly.store.queries import CheckpointRow, EventRow, RunRow
     from onthefly.store.store import Store
 
 _VALUES = "dynamics/values"
@@ -39,18 +40,25 @@ def selection(store: Store, name: str) -> Selection:
 
     Raises `UnknownReferenceError` for a run that is trained on all samples, and for a name that is neither.
     """
-    if queries.run(store, name) is None:
+    run = queries.run(store, name)
+    if run is None:
         return find(store.scans_dir, name)
-    row: str | None = name
-    while row is not None:  # a rewind is trained on what the run was trained on that it branches from
-        changes = [e for e in queries.events(store, row, kinds=["command"]) if e.data.get("kind") == "subset"]
+    branched: CheckpointRow | None = None  # where the run below leaves this one: what came after is no business of it
+    while run is not None:
+        changes = [
+            event
+            for event in queries.events(store, run.name, kinds=["command"])
+            if event.data.get("kind") == "subset" and _is_of(event, run, branched)
+        ]
         if changes:
             digest = changes[-1].data["arguments"].get("selection")
             if digest is None:
                 break
             return find(store.scans_dir, str(digest))
-        found = queries.run(store, row)
-        row = found.parents[0][0] if found is not None and found.parents else None
+        rows = queries.checkpoints(store, evicted=True)
+        base, parents = run.base, [parent for parent, _ in run.parents]
+        branched = next((row for row in rows if base and row.hash == base["hash"] and row.run in parents), None)
+        run = queries.run(store, branched.run) if branched is not None else None
     raise UnknownReferenceError(f"{name!r} is trained on all samples")
 
 
@@ -78,6 +86,15 @@ def export(store: Store, path: Path, name: str | None, recipe: recipes.Recipe | 
         columns = {key: values for key, values in columns.items() if len(values) == length}
         indices = recipes.choose(recipe, columns, length) if recipe is not None else np.arange(length)
     return write(columns, indices, path)
+
+
+def _is_of(event: EventRow, run: RunRow, until: CheckpointRow | None) -> bool:
+    """Whether a run stands behind this change of it: now, or at a checkpoint of it."""
+    if until is None:
+        return event.generation == run.generation
+    changed, saved = (event.epoch or 0, event.step or 0), (until.epoch, until.step)
+    before = changed < saved or (changed == saved and (event.session, event.seq) <= (until.session, until.captured))
+    return event.generation == until.generation and before
 
 
 def _scan(store: Store, run: str | None, data: str) -> SampleTable:

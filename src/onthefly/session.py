@@ -519,7 +519,8 @@ class Session:
         while (request := self._gate.take()) is not None:
             self._waiting.append(request)
         for request in list(self._waiting):
-            if not self._jumping and self._may_run(request, ready):
+            # One that stops a scan is taken out by the scan.
+            if request in self._waiting and not self._jumping and self._may_run(request, ready):
                 self._waiting.remove(request)
                 self._perform(request)
         while self._paused and self._gate.signal is None and not self._jumping:
@@ -545,7 +546,7 @@ class Session:
     def _may_run(self, request: Request, ready: bool) -> bool:
         if isinstance(request.command, commands.Pause | commands.Resume):
             return True
-        if isinstance(request.command, commands.SetValue) and self.step < self._history.head:
+        if isinstance(request.command, commands.SetValue | commands.Subset) and self.step < self._history.head:
             return False  # until the head these steps are being repeated; a new value would make them other steps
         return ready or self._paused
 
@@ -556,6 +557,8 @@ class Session:
             self.save("pause")
         self._checkpointer.save_again(gradients=self._watch.pending(), goes_on=False)
         for request in [r for r in self._waiting if self._may_run(r, True)]:
+            if request not in self._waiting:
+                continue
             self._waiting.remove(request)
             self._perform(request)
             if self._jumping or not self._paused:
@@ -711,10 +714,12 @@ class Session:
     def _look_up(self) -> None:
         """In the middle of a long command: see whether somebody wants it to stop."""
         while (request := self._gate.take()) is not None:
+            self._waiting.append(request)
+        for request in self._waiting:  # also one that came with the scan
             if isinstance(request.command, commands.CancelScan):
+                self._waiting.remove(request)
                 self._history.result(request.id, self.step, self.epoch, result={"cancelled": True})
                 raise ScanStopped("the scan was cancelled")
-            self._waiting.append(request)
         if self._gate.signal is not None:
             raise ScanStopped("the scan was stopped: the session was told to leave")
 

@@ -5,6 +5,7 @@ The checkpoint's five hops: `Trainer.fit` > `Session.epochs` > `Session.save` > 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from torch import nn
 
 from onthefly.config import SessionConfig
 from onthefly.control.looking import evaluate, to_device, undisturbed
-from onthefly.errors import MissingPartError
-from onthefly.samples.scan import per_sample_loss
+from onthefly.errors import MissingPartError, OnTheFlyError
+from onthefly.samples import scan
 from onthefly.session import attach
 from onthefly.state.loader import one_pass
 
@@ -45,8 +46,8 @@ class Trainer:
     gradient scaler). `accumulate`: batches per optimizer step; the last, shorter group of an epoch steps too (in a
     loader without a length it waits for the next epoch's batches). `schedule`: when the scheduler steps, after every
     "epoch" (a `ReduceLROnPlateau` is given the validation loss) or every optimizer "step". `metrics`: further
-    numbers for validation and test. `dynamics`: record the loss of every sample in the batches that are trained on, where the loss
-    can be had for each (`onthefly samples --dynamics`). Gradient clip is `SessionConfig.grad_clip`.
+    numbers for validation and test. `dynamics`: record the loss of every sample in the batches that are trained on, for a loss of
+    PyTorch's own or with `fit(per_sample_loss=)` (`onthefly samples --dynamics`). Gradient clip is `SessionConfig.grad_clip`.
 
     Raises `ValueError` for a setting that is none of these.
     """
@@ -134,8 +135,14 @@ class Trainer:
                         loss = loss_fn(outputs, targets)
                     session.log(loss=loss)
                     if each is not None and session.indices is not None:
-                        with torch.no_grad():
-                            session.log_samples(each(outputs, targets), **_judged(outputs, targets))
+                        try:
+                            with torch.no_grad():
+                                session.log_samples(each(outputs, targets), **_judged(outputs, targets))
+                        except OnTheFlyError as e:  # such as batches that are not one row a sample
+                            if per_sample_loss is not None:
+                                raise
+                            each = None
+                            logging.getLogger("onthefly").warning("losses of single samples are not recorded: %s", e)
                     _backward(loss / size, scaler)
                     if complete:
                         _step(optimizer, scaler)
@@ -163,12 +170,12 @@ class Trainer:
         return to_device(batch[0], self._device), to_device(batch[1], self._device)
 
     def _per_sample(self, loss_fn: Any, given: Any) -> Callable[[Any, Any], torch.Tensor] | None:
-        if not self._dynamics:
+        """What gives the loss of each sample. A loss of the user's own is not called a second time: it may keep count."""
+        own = getattr(loss_fn, "func", loss_fn)  # of a functools.partial
+        home = type(own).__module__ if isinstance(own, nn.Module) else getattr(own, "__module__", "")
+        if not self._dynamics or (given is None and not str(home).startswith("torch.nn.")):
             return None
-        try:
-            return per_sample_loss(loss_fn, given)
-        except MissingPartError:  # nothing is asked for: there is just nothing to record
-            return None
+        return scan.per_sample_loss(loss_fn, given)
 
     def _group(self, batch: int, batches: int | None, loader: Any) -> tuple[int, bool]:
         """How many batches share the optimizer step of the epoch's `batch`-th, and whether it is the last of them."""

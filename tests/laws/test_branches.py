@@ -117,6 +117,28 @@ def test_a_fork_that_cannot_be_is_refused_and_training_goes_on_untouched(trainin
     assert [run.name for run in training.client.runs()] == ["baseline"]
 
 
+def test_a_fork_is_proved_by_a_replay(trainings):
+    training = trainings.start(stops=(7, 8, 9), command_line=True)
+    training.go_on(7, "forkRun", **FORK)
+    training.go_on(8, "saveCheckpoint", pin=True)
+    training.at(9).go()
+    training.end()
+    found = training.client.verify("fork1@8")
+    assert found.equal, found.differences
+    assert found.run == "fork1"
+
+
+def test_a_rewind_to_a_file_of_nobody_s_is_sound(trainings):
+    other = trainings.start(seed=5, stops=(8,), store="other")
+    theirs = other.go_on(8, "saveCheckpoint", pin=True)
+    training = trainings.start(stops=(7,))
+    loaded = training.go_on(7, "loadCheckpoint", path=theirs["path"], name="theirs")
+    assert loaded["run"] == "theirs"
+    training.end()
+    assert training.client.run("theirs").parents == ()
+    assert training.client.fsck().errors == ()
+
+
 # -- switch, subset, undo --------------------------------------------------------------------------------------
 
 
@@ -156,6 +178,29 @@ def test_a_subset_holds_until_all_are_asked_for(trainings):
     assert [run.name for run in training.client.runs()] == ["baseline"]
     with pytest.raises(UnknownReferenceError, match="all samples"):
         training.client.selection("baseline")
+
+
+def test_a_run_is_on_the_samples_that_it_branched_with_whatever_its_parent_was_told_since(trainings):
+    training = trainings.start(stops=(4, 7))
+    saved = training.go_on(4, "saveCheckpoint", pin=True)
+    training.at(7)
+    ids = [training.deliver("subset", recipe=CHOSEN), training.deliver("pause")]
+    training.go()
+    for id in ids:
+        training.done(id)
+    client = training.client
+    assert len(client.selection("baseline").indices) == 12
+    undone = client.undo()
+    with pytest.raises(UnknownReferenceError, match="all samples"):
+        client.selection(undone["run"])
+    assert client.load(saved["hash"])["run"] == "rewind2"
+    with pytest.raises(UnknownReferenceError, match="all samples"):
+        client.selection("rewind2")
+    client.subset(CHOSEN)
+    assert client.fork()["run"] == "fork1"
+    assert len(client.selection("fork1").indices) == 12
+    client.stop()
+    training.end()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Scans and exports of a live training: right, tied to a state, and without a trace."""
 
 import csv
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,3 +110,39 @@ def test_what_a_loop_logs_of_its_samples_is_part_of_the_state(tmp_path, monkeypa
     assert table.columns["seen"].tolist() == [3] * 24
     means = [np.mean(recorded[index]) for index in range(24)]
     np.testing.assert_allclose(table.columns["mean_loss"], means, rtol=1e-5)
+
+
+def test_a_scan_can_be_cancelled_and_training_goes_on_untouched(trainings):
+    alone = trainings.start(store="alone")
+    training = trainings.start(stops=(7,))
+    training.at(7)
+    scanned, cancelled = training.deliver("scanSamples"), training.deliver("cancelScan")
+    tested = training.deliver("testRun", data="val", save=False)
+    training.go()
+    error = training.failed(scanned)
+    assert (error["type"], "cancelled" in error["message"]) == ("CommandError", True)
+    assert training.done(cancelled) == {"cancelled": True}
+    training.done(tested)  # what came behind it is done
+    assert_same(training.end(), alone.end(), *STATE)
+    assert training.client.scans() == []
+
+
+def test_a_scan_that_was_altered_on_the_disk_is_named_and_made_anew(trainings):
+    """By the process that made it, and by another: a resumed one stands at the very state."""
+    training = trainings.start(stops=(7, 8))
+    found = training.go_on(7, "scanSamples")
+    training.at(8).kill()
+    whole = Path(found["path"]).read_bytes()
+    Path(found["path"]).write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    client = training.client
+    client.store.recover(time.time())
+    assert "scan" in {finding.kind for finding in client.fsck().errors}
+    assert "scan" not in {finding.kind for finding in client.fsck(full=False).errors}  # it is there
+    resumed = trainings.resume(training, stops=(8,))
+    assert resumed.client.checkpoints("baseline")[-1].hash == found["checkpoint"]
+    id = resumed.send("scanSamples")
+    assert resumed.done(id)["again"] is False
+    resumed.at(8).go()
+    resumed.end()
+    assert Path(found["path"]).read_bytes() == whole
+    assert client.fsck().errors == ()

@@ -12,17 +12,16 @@ checkpoint of the boundary at which it was left.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from onthefly.checkpoints import retention
 from onthefly.checkpoints.format import CheckpointFile
 from onthefly.control import commands, start
 from onthefly.control.changes import Changed, Changes
-from onthefly.control.checkpointer import Checkpointer
+from onthefly.control.checkpointer import Checkpointer, Save
 from onthefly.control.history import History, Line
 from onthefly.control.provenance import Kind, Provenance
 from onthefly.control.ring import Kept, Ring
@@ -45,10 +44,6 @@ from onthefly.store.queries import CheckpointRow, EventRow
 
 Result = dict[str, Any]
 _TAKEN_BACK = ("command", "runTransition", "generation", "undo")
-
-
-class Save(Protocol):
-    def __call__(self, reason: str, *, goes_on: bool = True) -> Future[Kept]: ...
 
 
 class Branches:
@@ -80,7 +75,6 @@ class Branches:
         self._put_back = put_back  # and whether that left the training at the boundary that the state is of
         self._start_beside = start_beside
         self._birth = [due.command for due in begun.birth]
-        self._log = logging.getLogger("onthefly")
 
     # -- what commands ask for ---------------------------------------------------------------------------------
 
@@ -102,6 +96,8 @@ class Branches:
         line = Line(self._new_run(command.name, "fork", [(parent.run, "")]), 0)
         before = self._before()
         saving = self._save("fork", goes_on=False)
+        if origin is not None and not command.beside:
+            self._settled(line.run, saving)  # the state that is left is about to be gone
         base = _done(origin) if origin is not None else saving
         about = _told(selection, born)
         answer: Future[Result] = Future()
@@ -126,6 +122,8 @@ class Branches:
                     self._history.run_status("running", line.run)
                     self._history.run_status("left", parent.run)
             except BaseException as e:  # noqa: BLE001  whoever waits is told
+                if command.beside:
+                    self._history.run_status("failed", line.run)
                 answer.set_exception(_lost(line.run, parent.run, e, beside=command.beside))
             else:
                 answer.set_result({"run": line.run, "parent": parent.run, "hash": kept.hash, **about})
@@ -155,9 +153,8 @@ class Branches:
         )
         self._settle_statuses(left)
         self._birth = []
-        if row is None or self._is_trained_elsewhere(
-            row.run
-        ):  # somebody else may remove the file: a run's beginning must stay
+        if row is None or self._is_trained_elsewhere(row.run):
+            # Somebody else may remove the file, and a run's beginning must stay.
             self._save(retention.ORIGIN, goes_on=False)
         return {"loaded": str(path), "hash": file.hash, "step": step, "epoch": epoch, "run": line.run}
 
@@ -255,6 +252,13 @@ class Branches:
         if command.values:
             born.append(commands.SetValue(values=command.values, hold=command.hold, release=False))
         return born
+
+    def _settled(self, run: str, saving: Future[Kept]) -> None:
+        try:
+            saving.result()
+        except CheckpointError:
+            self._history.run_status("failed", run)
+            raise
 
     def _new_run(self, name: str | None, kind: str, parents: Sequence[tuple[str, str]]) -> str:
         project_name = self._start.config.project

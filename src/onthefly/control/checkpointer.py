@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -64,6 +64,12 @@ class _TornError(Exception):
     def __init__(self, names: list[str]) -> None:
         super().__init__(names)
         self.names = names
+
+
+class Save(Protocol):
+    """Saves a checkpoint of the boundary that training stands at: see `Checkpointer.save`."""
+
+    def __call__(self, reason: str, *, goes_on: bool = True) -> Future[Kept]: ...
 
 
 class Checkpointer:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from onthefly.control import commands
+from onthefly.control.checkpointer import Save
 from onthefly.control.history import History
 from onthefly.control.looking import undisturbed
-from onthefly.control.ring import Kept
 from onthefly.control.start import Start
-from onthefly.errors import InvalidCommandError, MissingPartError, UnsupportedLoaderError
+from onthefly.errors import (
+    CommandError,
+    InvalidCommandError,
+    MissingPartError,
+    StoreError,
+    UnsupportedLoaderError,
+    said,
+)
 from onthefly.samples import recipes
 from onthefly.samples.dynamics import Dynamics
 from onthefly.samples.export import export
-from onthefly.samples.scan import per_sample_loss, scan
+from onthefly.samples.scan import ScanStopped, per_sample_loss, scan
 from onthefly.samples.selection import Selection, find
 from onthefly.samples.table import Columns, SampleTable
 from onthefly.state.loader import ExactLoader
@@ -45,10 +52,6 @@ class Inputs:
     per_sample_loss: Callable[[Any, Any], torch.Tensor] | None = None
     embed: Callable[..., torch.Tensor] | None = None
     model_factory: Callable[[], nn.Module] | None = None
-
-
-class Save(Protocol):
-    def __call__(self, reason: str, *, goes_on: bool = True) -> Future[Kept]: ...
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Sampling:
         """Compute the values of every sample of a data set. See `onthefly.samples.scan.scan` for what they are.
 
         A state that was scanned before is not scanned again. Raises `MissingPartError` for a loader or a loss that attach was not
-        given, and `ScanStopped`.
+        given, and `CommandError` when it is stopped.
         """
         return self._scanned(data, embeddings).told()
 
@@ -183,12 +186,11 @@ class Sampling:
         return columns, sources
 
     def _scanned(self, data: str, embeddings: bool) -> _Scanned:
-        loader = {"train": self._inputs.train_loader, "val": self._inputs.val_loader, "test": self._inputs.test_loader}[
-            data
-        ]
+        given = self._inputs
+        loader = {"train": given.train_loader, "val": given.val_loader, "test": given.test_loader}[data]
         if loader is None:
             raise MissingPartError(f"attach was given no {data}_loader, so there is nothing to scan")
-        per_sample = per_sample_loss(self._inputs.loss_fn, self._inputs.per_sample_loss)
+        per_sample = per_sample_loss(given.loss_fn, given.per_sample_loss)
         model = self._model()
         kept = self._save("scan", goes_on=False).result()
         if (known := self._known(kept.hash, data, embeddings)) is not None:
@@ -202,11 +204,13 @@ class Sampling:
                     model,
                     loader,
                     per_sample,
-                    embed=self._inputs.embed,
+                    embed=given.embed,
                     embeddings=embeddings,
                     autocast=self.autocast or nullcontext,
                     on_batch=self._on_batch,
                 )
+        except ScanStopped as e:
+            raise CommandError(str(e)) from e
         finally:
             self.progress = None
         seconds = time.perf_counter() - began
@@ -236,7 +240,11 @@ class Sampling:
         project(self._start.store, self._start.session)
         for row in reversed(queries.scans(self._start.store, checkpoint=content)):
             if row.data == data and row.path.exists() and (not embeddings or "embedding" in row.columns):
-                table = SampleTable.read(row.path)
+                try:
+                    table = SampleTable.read(row.path, content=row.hash)
+                except StoreError as e:
+                    logging.getLogger("onthefly").warning("the state is scanned again: %s", said(e))
+                    continue
                 return _Scanned(table, row.path, row.hash, data, content, row.step, row.seconds, again=True)
         return None
 
