@@ -96,7 +96,7 @@ class Lineage:
             missing = [parent for parent in _parents(run) if parent not in self._runs]
             findings += [(run.name, f"its parent {parent!r} is not there") for parent in missing]
             if run.kind != "root" and not run.parents and run.base is None:
-                findings.append((run.name, f"it is a {run.kind}, and nothing tells where it begins"))
+                findings.append((run.name, f"it is a {run.kind}, and nothing tells from which run"))
         return [*findings, *self._doubles(), *self._circles()]
 
     def parents(self, name: str) -> tuple[str, ...]:
