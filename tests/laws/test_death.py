@@ -185,7 +185,7 @@ def test_a_run_is_not_resumed_from_a_state_that_was_imported_into_it(trainings, 
 
 def test_a_change_made_before_a_repeated_stretch_was_saved_anew_is_not_forgotten(trainings):
     """Killed, resumed, and killed again between a checkpoint of the second life and a change of the first."""
-    training = trainings.start(stops=(4, 8, 10), config={"ckpt_every_epoch": False})
+    training = trainings.start(stops=(4, 8, 10), config={"ckpt_every_epoch": False, "undo": False})
     training.go_on(4, "saveCheckpoint")
     changed = training.at(8).deliver("set", values={"lr": 0.05})
     training.go().done(changed)
