@@ -237,7 +237,11 @@ def test_a_store_that_has_become_read_only_holds_up_nothing(tmp_path_factory):
     with tempfile.TemporaryDirectory() as folder, Trainings(Path(folder)) as trainings:
         os.chmod(folder, 0o777)
         training = trainings.start(stops=(7, 12), user=NOBODY)
-        training.at(7).client.sessions()
+        training.at(7)
+        until(
+            lambda: 5 in {row.step for row in training.client.checkpoints("baseline")},
+            "the save of the first epoch's end",
+        )
         folders = [trainings.store, *(path for path in trainings.store.iterdir() if path.is_dir())]
         for path in folders:
             path.chmod(0o555)
@@ -259,7 +263,10 @@ def test_a_store_that_has_become_read_only_holds_up_nothing(tmp_path_factory):
 def test_a_process_that_may_write_nothing_any_more_trains_on(trainings):
     """As on a file system that was remounted read-only: not even files that are open can be written."""
     training = trainings.start(stops=(7, 12))
-    training.at(7).client.sessions()
+    training.at(7)
+    until(
+        lambda: 5 in {row.step for row in training.client.checkpoints("baseline")}, "the save of the first epoch's end"
+    )
     before = resource.prlimit(training.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(training.pid, resource.RLIMIT_FSIZE, (0, before[1]))
     training.go().at(12)
