@@ -44,6 +44,20 @@ def test_what_is_not_finite_shifts_no_quantile():
     assert selectors.quantile(values, 0.75, 1).tolist() == [4, 5]
 
 
+@unhurried
+@given(rough, st.floats(0.01, 1), st.integers(0, 2**32))
+def test_noise_aware_takes_as_many_as_hard_of_those_that_are_trusted(values, fraction, seed):
+    finite = [i for i, value in enumerate(values) if np.isfinite(value)]
+    suspected = np.flatnonzero(np.random.default_rng(seed).random(len(values)) < 0.3)
+    if not finite:
+        with pytest.raises(InvalidCommandError):
+            selectors.noise_aware_hard(np.array(values), fraction, suspected)
+        return
+    wanted = len(selectors.hard(np.array(values), fraction))
+    trusted = sorted((i for i in finite if i not in suspected), key=lambda i: (-values[i], i))
+    assert selectors.noise_aware_hard(np.array(values), fraction, suspected).tolist() == sorted(trusted[:wanted])
+
+
 def test_scan_suspects_are_confidently_something_else():
     confidence = np.array([0.9, 0.8, 0.9, 0.02, 0.45, 0.7, 0.8, np.nan])
     other = np.array([0.1, 0.2, 0.1, 0.97, 0.55, 0.3, 0.2, np.nan])

@@ -197,8 +197,14 @@ def suspects_by_scan(
 
 
 def noise_aware_hard(values: np.ndarray, fraction: float, suspected: np.ndarray) -> np.ndarray:
-    """The hard samples without those suspected of a wrong label. May be empty."""
-    return difference(hard(values, fraction), suspected)
+    """As many samples as `hard` gives, the hardest of those whose label is not suspected. Fewer when few are left."""
+    if not 0 < fraction <= 1:
+        raise InvalidCommandError(f"a fraction is above 0 and at most 1, not {fraction}")
+    numbers, trusted = _numbers(values)
+    wanted = max(1, round(fraction * int(np.count_nonzero(trusted))))
+    trusted[suspected] = False
+    left = int(np.count_nonzero(trusted))
+    return _largest(numbers, trusted, min(wanted, left)) if left else np.empty(0, np.int64)
 
 
 def union(first: np.ndarray, second: np.ndarray) -> np.ndarray:
