@@ -41,6 +41,7 @@ manifests = st.builds(
     parents=st.lists(parents, max_size=3),
     selection=st.none() | objects,
     changes=objects,
+    merge=st.none() | objects,
 )
 
 FORK = Manifest(
@@ -196,6 +197,7 @@ def test_a_change_of_any_field_is_another_manifest():
         replace(FORK, parents=(Parent("baseline", 120, 3, "cd" * 32),)),
         replace(FORK, selection=None),
         replace(FORK, changes={}),
+        replace(FORK, merge={"strategy": "swa"}),
     ]
     assert len({manifest.digest for manifest in [FORK, *others]}) == 1 + len(others) == len(asdict(FORK))
 

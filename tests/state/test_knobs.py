@@ -184,6 +184,27 @@ def test_an_override_of_a_group_that_is_not_there_is_refused():
     assert second.step() == [0.5]
 
 
+def test_a_warm_up_raises_what_the_step_sees_and_leaves_the_scheduler_alone():
+    plain, training = Training(cosine), Training(cosine)
+    training.knobs.set({"lr": "*0.5"})
+    training.knobs.load_state_dict(training.knobs.warmed_up(training.knobs.state_dict(), 3))
+    for part in (0.25, 0.5, 0.75, 1.0, 1.0):
+        assert training.optimizer.param_groups[0]["lr"] == plain.optimizer.param_groups[0]["lr"]
+        assert training.step() == [pytest.approx(part * 0.5 * rate) for rate in plain.step()]
+    assert "ramps" not in training.knobs.state_dict()
+
+
+def test_a_warm_up_goes_on_where_it_was_stored():
+    training, other = Training(), Training()
+    training.knobs.load_state_dict(training.knobs.warmed_up(training.knobs.state_dict(), 4))
+    training.step()
+    other.knobs.load_state_dict(unflatten(*flatten(training.knobs.state_dict())))
+    steps = [training.step() for _ in range(5)]
+    assert steps == [pytest.approx([rate]) for rate in (0.2, 0.3, 0.4, 0.5, 0.5)]
+    assert [other.step() for _ in range(5)] == [pytest.approx(step) for step in steps]
+    assert other.knobs.state_dict() == Training().knobs.state_dict()
+
+
 @pytest.mark.parametrize("name", ["grad_clip", "two words", "mixup"])
 def test_a_name_that_is_taken_or_not_plain_is_refused(name):
     knobs = Knobs({}, {})

@@ -2,6 +2,7 @@
 
     fork     a new run that begins from this boundary, with other samples or values
     load     a new run that begins from a checkpoint: what was trained behind it stays what it was
+    merge    a new run that begins from a state that was made of several checkpoints
     switch   another run, from where it stands
     reset    the run itself, from its beginning, as a new generation
     undo     to where the session was before the last of these, or before the last changed value
@@ -31,6 +32,7 @@ from onthefly.errors import (
     CheckpointNotFoundError,
     CommandError,
     InvalidCommandError,
+    OnTheFlyError,
     ResumeError,
     UnknownReferenceError,
     said,
@@ -158,6 +160,34 @@ class Branches:
             self._save(retention.ORIGIN, goes_on=False)
         return {"loaded": str(path), "hash": file.hash, "step": step, "epoch": epoch, "run": line.run}
 
+    def merge(
+        self, value: Value, parents: Sequence[tuple[str, Kept]], how: Mapping[str, Any], name: str | None
+    ) -> Result:
+        """Go on as a new run from a state of this boundary that was made of the parents' (run, checkpoint).
+
+        It is durable before anything changes. Raises `CheckpointError`, `StateMismatchError` and `StoreError` with everything
+        as it was.
+        """
+        self._check(Path("the merged state"), value)
+        left = self._leave()
+        before = self._before()
+        line = Line(self._new_run(name, "merge", [(run, kept.hash) for run, kept in parents]), 0)
+        try:
+            ring = Ring(self._start.folder, self._history, self._start.config)
+            kept = self._checkpointer.save_value(value, line, ring)
+            value, file = self._checkpointer.read(kept.path, kept.hash)
+        except OnTheFlyError:
+            self._history.run_status("failed", line.run)
+            raise
+        self._put_back(value, file)
+        self._begins(line.run, "merge", kept, parents, None, [], how)
+        names = [run for run, _ in parents]
+        self._go_to(line, [], "merge", before, [kept], kind="merge", parents=names, hash=kept.hash)
+        self._settle_statuses(left)
+        self._checkpointer.adopt(kept)
+        self._birth = []
+        return {"run": line.run, "from": left, "parents": names, "path": str(kept.path), "hash": kept.hash}
+
     def switch(self, name: str, *, reason: str = "switch") -> Result:
         """Go over to another run, and on from where it stands.
 
@@ -272,10 +302,11 @@ class Branches:
         parents: Sequence[tuple[str, Kept]],
         selection: Selection | None,
         born: Sequence[Change],
+        merge: Mapping[str, Any] | None = None,
     ) -> None:
         """Write down what a run stands on: its manifest, its base, and its parents' hashes."""
         told = [{"run": parent, "step": kept.step, "epoch": kept.epoch, "hash": kept.hash} for parent, kept in parents]
-        digest = self._provenance.manifest(run, kind, told, selection, born)
+        digest = self._provenance.manifest(run, kind, told, selection, born, merge)
         where = {"path": str(base.path), "hash": base.hash, "step": base.step, "epoch": base.epoch}
         self._history.run_begins(run, where, [kept.hash for _, kept in parents], digest)
 

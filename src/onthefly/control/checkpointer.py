@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -158,6 +158,22 @@ class Checkpointer:
             self._latest = (self._place(), save.future)
         self._take(save, gradients, goes_on)
         return save.future
+
+    def save_value(self, value: Value, line: Line, ring: Ring) -> Kept:
+        """Save a state that was composed for this boundary, and is not the live one, as the origin of a line. Waits for it.
+
+        Raises `CheckpointWriteError` and `UnsupportedValueError`, after a `checkpointFailed` event was recorded.
+        """
+        save = replace(self._asked(Future(), retention.ORIGIN, False, None), line=line, ring=ring, metric=None)
+        self._writer.drain()  # two writers could choose one name
+        try:
+            tree, tensors = flatten(value)
+            size = format.Layout(tree, tensors).data_size
+        except StateError as e:
+            self._fail(save, e)
+        else:
+            self._settled(save, lambda path: format.write(path, tree, tensors), size)
+        return save.future.result()
 
     def save_interval(self, *, gradients: bool) -> None:
         """Save because it is time; if the config says so, pass it over while the one before is still being written."""

@@ -41,6 +41,7 @@ class Provenance:
         parents: Sequence[Mapping[str, Any]],
         selection: Selection | None,
         born: Sequence[Change],
+        merge: Mapping[str, Any] | None = None,
     ) -> str | None:
         """Write the manifest of a run, and give its digest; None when the disk does not take it, which is logged."""
         launch = self._start.launch or {}
@@ -62,6 +63,7 @@ class Provenance:
                 parents=tuple(Parent(**parent) for parent in parents),
                 selection=None if selection is None else selection.manifest(),
                 changes=changes,
+                merge=merge,
             )
             made.write(self._start.store.manifests_dir)
         except (OnTheFlyError, OSError) as e:

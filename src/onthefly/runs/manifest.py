@@ -58,27 +58,29 @@ class Manifest:
     parents: tuple[Parent, ...] = ()
     selection: Mapping[str, Any] | None = None  # the manifest of the samples that it trains on; None for all
     changes: Mapping[str, Any] = field(default_factory=dict)  # what was set at its beginning
+    merge: Mapping[str, Any] | None = None  # how its parents became one; left out where nothing was merged
     format: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        value = json.loads(canonical(asdict(self)))
+        value = json.loads(self._canonical())
         _check(value)
         for name in ("code", "environment", "selection", "changes"):
             object.__setattr__(self, name, value[name])
+        object.__setattr__(self, "merge", value.get("merge"))
         for name in ("argv", "parents"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def digest(self) -> str:
         """The blake3 of its canonical bytes, 64 hex digits."""
-        return _digest(canonical(asdict(self)))
+        return _digest(self._canonical())
 
     def write(self, folder: Path) -> Path:
         """Make it durable as ``<first 16 digits of the digest>.json`` in a folder, and give its path.
 
         One that is there already is left alone, unless it is damaged. Raises `StoreError` when the disk does not take it.
         """
-        content = canonical(asdict(self))
+        content = self._canonical()
         target = folder / f"{_digest(content)[:_NAME_DIGITS]}.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +90,10 @@ class Manifest:
         except OSError as e:
             raise StoreError(f"cannot write the manifest of {self.run!r} in {folder}: {said(e)}") from e
         return target
+
+    def _canonical(self) -> bytes:
+        value = asdict(self)
+        return canonical(value if self.merge is not None else {k: v for k, v in value.items() if k != "merge"})
 
 
 def read(path: Path) -> Manifest:
@@ -112,7 +118,7 @@ def read(path: Path) -> Manifest:
                 f"{path}: a manifest of format {value['format']}, and this version of OnTheFly reads {FORMAT_VERSION}"
             )
         found = Manifest(**{**value, "parents": tuple(Parent(**parent) for parent in value["parents"])})
-        if canonical(asdict(found)) != content:
+        if found._canonical() != content:
             raise ValueError("it is not in canonical form")
     except SchemaVersionError:
         raise
@@ -241,8 +247,9 @@ def _check(value: Mapping[str, Any]) -> None:
         "parents": (list,),
         "selection": (dict, type(None)),
         "changes": (dict,),
+        "merge": (dict, type(None)),
     }
-    wrong = [name for name, allowed in types.items() if type(value[name]) not in allowed]
+    wrong = [name for name, allowed in types.items() if type(value.get(name)) not in allowed]
     wrong += ["kind"] if value["kind"] not in ("root", "fork", "rewind", "merge") else []
     wrong += ["format"] if value["format"] != FORMAT_VERSION else []
     if wrong:

@@ -45,6 +45,18 @@ class _Override:
         return base * self.value if self.mode == "factor" else self.value
 
 
+@dataclass(frozen=True)
+class _Ramp:
+    """The learning rates of an optimizer are on their way up: `done` of `steps` steps are taken."""
+
+    done: int
+    steps: int
+
+    @property
+    def factor(self) -> float:
+        return (self.done + 1) / (self.steps + 1)
+
+
 _Place = tuple[str, int, str]  # optimizer, group, key
 
 
@@ -66,6 +78,7 @@ class Knobs:
         self._waiting: dict[str, Any] = {}  # values of knobs that were stored and are not registered yet
         self._clip: float | None = None
         self._overrides: dict[_Place, _Override] = {}
+        self._ramps: dict[str, _Ramp] = {}
         self._applied: dict[_Place, Any] = {}  # what the groups held before the step under way
         self._driven = {
             (name, key)
@@ -79,7 +92,7 @@ class Knobs:
             for name, optimizer in self._optimizers.items()
             for handle in (
                 optimizer.register_step_pre_hook(lambda o, a, k, name=name: self._before_step(name)),  # type: ignore[misc]
-                optimizer.register_step_post_hook(lambda o, a, k, name=name: self._after_step(name)),  # type: ignore[misc]
+                optimizer.register_step_post_hook(lambda o, a, k, name=name: self._end_step(name)),  # type: ignore[misc]
             )
         ]
 
@@ -159,7 +172,16 @@ class Knobs:
             "knobs": {**self._waiting, **{name: knob.value for name, knob in self._knobs.items()}},
             CLIP: self._clip,
             "overrides": {".".join(map(str, place)): asdict(o) for place, o in self._overrides.items()},
+            **({"ramps": {name: asdict(ramp) for name, ramp in self._ramps.items()}} if self._ramps else {}),
         }
+
+    def warmed_up(self, state: Mapping[str, Any], steps: int) -> dict[str, Any]:
+        """A `state_dict` whose learning rates, whatever a scheduler or a `set` says of them, rise from 0 over the next steps.
+
+        In the k-th of n steps they are k / (n + 1) of what they would be.
+        """
+        ramps = {name: asdict(_Ramp(0, steps)) for name in self._optimizers} if steps else {}
+        return {**{key: value for key, value in state.items() if key != "ramps"}, **({"ramps": ramps} if ramps else {})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises `StateMismatchError`, with nothing changed, for an override of a group that is not there."""
@@ -170,7 +192,11 @@ class Knobs:
             if int(index) >= len(groups) or key not in groups[int(index)]:
                 raise StateMismatchError(f"knobs: {text} was set, and there is no such group value here")
             overrides[name, int(index), key] = _Override(**override)
+        ramps = {name: _Ramp(**ramp) for name, ramp in state.get("ramps", {}).items()}
+        if unknown := [name for name in ramps if name not in self._optimizers]:
+            raise StateMismatchError(f"knobs: the learning rate of {unknown[0]} was warming up, and there is none here")
         self._overrides = overrides
+        self._ramps = ramps
         self._clip = state[CLIP]
         self._waiting = {}
         for name, value in state["knobs"].items():
@@ -281,15 +307,25 @@ class Knobs:
         self._after_step(name)  # a step that raised in the middle left its values behind
         if self._clip is not None:
             self._clip_gradients(self._optimizers[name], self._clip)
-        for place, override in self._overrides.items():
-            if place[0] == name:
-                group, key = self._group(place), place[2]
-                self._applied[place] = group[key]
-                group[key] = override.of(group[key])
+        ramp = self._ramps.get(name)
+        changed = dict.fromkeys(place for place in self._overrides if place[0] == name)
+        if ramp is not None:
+            groups = self._optimizers[name].param_groups
+            changed |= dict.fromkeys((name, index, "lr") for index, group in enumerate(groups) if "lr" in group)
+        for place in changed:
+            group, key = self._group(place), place[2]
+            value = self._effective(place)
+            self._applied[place] = group[key]
+            group[key] = value * ramp.factor if ramp is not None and key == "lr" else value
 
     def _after_step(self, name: str) -> None:
         for place in [place for place in self._applied if place[0] == name]:
             self._group(place)[place[2]] = self._applied.pop(place)
+
+    def _end_step(self, name: str) -> None:
+        self._after_step(name)
+        if (ramp := self._ramps.pop(name, None)) is not None and ramp.done + 1 < ramp.steps:
+            self._ramps[name] = _Ramp(ramp.done + 1, ramp.steps)
 
     @staticmethod
     def _clip_gradients(optimizer: torch.optim.Optimizer, norm: float) -> None:
