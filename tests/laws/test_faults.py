@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from law_programs import PER_EPOCH, can_write
-from law_trainings import Trainings, assert_same, in_a_process, plain, until
+from law_trainings import STATE, Trainings, assert_same, in_a_process, plain, until
 
 from onthefly.checkpoints.format import open_checkpoint
 from onthefly.errors import StoreBusyError
@@ -119,6 +119,30 @@ def test_without_room_for_its_origin_a_run_trains_all_the_same(trainings, disk, 
     assert training.go().failed(reset)["type"] == "CheckpointNotFoundError"
     assert_same(training.end(), plain())
     assert training.client.events(kinds=["checkpointFailed"])[0].data["reason"] == "origin"
+
+
+def test_a_fork_whose_beginning_cannot_be_saved_says_so_and_trains(trainings, disk, tmp_path):
+    small = disk(tmp_path / "small", 512)
+    alone = trainings.start(store="alone", stops=(7,))
+    alone.go_on(7, "forkRun", values={"lr": "*0.5"})
+    training = trainings.start(stops=(7, 8, 9), config={"save_dir": str(small.folder)})
+    training.at(7)
+    until(lambda: 5 in {row.step for row in training.client.checkpoints("baseline")}, "the save of the first epoch")
+    small.fill()
+    fork = training.deliver("forkRun", values={"lr": "*0.5"})
+    error = training.go().failed(fork)
+    assert error["type"] == "CheckpointError"
+    assert "training is on fork1" in error["message"]
+    training.at(8)
+    small.free()
+    saved = training.deliver("saveCheckpoint")
+    training.go().done(saved)
+    training.at(9).kill()
+    with trainings.opened() as store:
+        store.recover(time.time())
+        assert {run.name: run.status for run in queries.runs(store)} == {"baseline": "left", "fork1": "unfinished"}
+    resumed = trainings.resume(training, run="fork1")
+    assert_same(resumed.end(), alone.end(), *STATE)
 
 
 # -- no room for the journal -----------------------------------------------------------------------------------

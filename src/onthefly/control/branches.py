@@ -114,19 +114,23 @@ class Branches:
         ring = self._checkpointer.ring
 
         def begins(saved: Future[Kept]) -> None:  # on the writer's thread
+            lost: CheckpointError | None = None
             try:
                 kept = saved.result()
                 self._begins(line.run, "fork", kept, [(parent.run, kept)], selection, born)
                 ring.need(kept.path)
                 if command.beside:
                     self._start_beside(line.run)
-                else:
-                    self._history.run_status("running", line.run)
-                    self._history.run_status("left", parent.run)
             except BaseException as e:  # noqa: BLE001  whoever waits is told
-                if command.beside:
-                    self._history.run_status("failed", line.run)
-                answer.set_exception(_lost(line.run, parent.run, e, beside=command.beside))
+                lost = _lost(line.run, parent.run, e, beside=command.beside)
+            # Not before: after a death in between, the parent is what can be gone on with.
+            if not command.beside:
+                self._history.run_status("running", line.run)
+                self._history.run_status("left", parent.run)
+            elif lost is not None:
+                self._history.run_status("failed", line.run)
+            if lost is not None:
+                answer.set_exception(lost)
             else:
                 answer.set_result({"run": line.run, "parent": parent.run, "hash": kept.hash, **about})
 
