@@ -450,6 +450,71 @@ class Client:
         about = {"values": dict(values or {}), "hold": hold, "name": name, "beside": beside, "fresh": fresh}
         return self.command("forkRun", recipe=_recipe(recipe), selection=selection, **about, **how)
 
+    def merge(
+        self,
+        refs: Sequence[str],
+        strategies: Sequence[str] = ("swa",),
+        *,
+        base: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        weights: Sequence[float] | None = None,
+        data: str = "val",
+        slices: Mapping[str, Recipe | str] | None = None,
+        judge: str | None = None,
+        metric: str | None = None,
+        commit: str | None = None,
+        floor: bool = True,
+        name: str | None = None,
+        optimizer: str = "reset",
+        warmup: int = 0,
+        recalibrate: int = 2048,
+        fisher: str = "empirical",
+        samples: int = 256,
+        **how: Unpack[Delivery],
+    ) -> Result:
+        """Merge the checkpoints that REFs name, and judge what comes of it; with `commit` the session goes on with one of them.
+
+        The name of the run that the session is on means its present state. `strategies` are names, or ``["all"]``; `base`
+        is what the parents come from, by default where the first of them left their common ancestor. The rest is in
+        `commands.MergeRuns`. The result is a table: ``scores`` by column (parents, ``now``, strategies) and slice, with what is ``best`` of
+        each slice, where a strategy is ``worse`` than the best parent, why (``explained``), what was ``skipped``, and
+        ``committed``, or why it was ``refused``.
+        """
+        target = self.session(how.get("session"))
+        parents = [None if ref == target.run else self._recorded(ref) for ref in refs]
+        whence = (
+            self._recorded(base)
+            if base is not None
+            else self._fork_point([r.run if r else target.run for r in parents])
+        )
+        result = self.command(
+            "mergeRuns",
+            parents=[_as_parent(row) for row in parents],
+            base=None if whence is None else _as_parent(whence),
+            strategies=list(strategies),
+            options=dict(options or {}),
+            weights=None if weights is None else list(weights),
+            data=data,
+            slices={name: _recipe(recipe) for name, recipe in (slices or {}).items()},
+            judge=judge,
+            metric=metric,
+            commit=commit,
+            floor=floor,
+            name=name,
+            optimizer=optimizer,
+            warmup=warmup,
+            recalibrate=recalibrate,
+            fisher=fisher,
+            samples=samples,
+            **how,
+        )
+        if result.get("committed"):
+            for row in parents:
+                # Another process may let go of what the merge stands on.
+                if row is not None and self._session_on(row.run) not in (None, target):
+                    self.pin(f"{row.run}@{row.step}")
+        return result
+
     def subset(
         self, recipe: Recipe | str | None = None, *, selection: str | None = None, **how: Unpack[Delivery]
     ) -> Result:
@@ -689,6 +754,12 @@ class Client:
         config = queries.configs(self.store).get(run or "", {})
         return str(config.get("best_metric", "val_loss"))
 
+    def _fork_point(self, runs: Sequence[str]) -> CheckpointRow | None:
+        """The checkpoint that all these runs come from, if it is still there."""
+        content = Lineage(self.runs()).fork_point(runs)
+        rows = [row for row in self.checkpoints() if content and row.hash == content and row.path.exists()]
+        return rows[0] if rows else None
+
     def _session_on(self, run: str) -> SessionRow | None:
         return next((session for session in self.sessions(alive=True) if session.run == run), None)
 
@@ -748,6 +819,10 @@ def _recipe(recipe: Recipe | str | None) -> Recipe | None:
     from onthefly.samples.recipes import parse  # brings NumPy
 
     return parse(recipe)
+
+
+def _as_parent(row: CheckpointRow | None) -> Result:
+    return {} if row is None else {"path": str(row.path), "hash": row.hash}
 
 
 def _told(row: CheckpointRow) -> Result:

@@ -37,6 +37,7 @@ from onthefly.control.changes import Changed, Changes
 from onthefly.control.checkpointer import Checkpointer
 from onthefly.control.gate import Gate, Request
 from onthefly.control.gradients import GradientWatch
+from onthefly.control.merges import Merges
 from onthefly.control.provenance import Provenance
 from onthefly.control.recorder import Recorder
 from onthefly.control.ring import Kept, Ring
@@ -158,6 +159,7 @@ class Session:
             start_beside=self._beside.start,
         )
         self.sampling = Sampling(state, loader, dynamics, inputs, begun, self._history, self.save, self._look_up)
+        self.merges = Merges(state, knobs, inputs, begun, self._history, self.sampling, self.branches, self.save)
         self._recorder = Recorder(begun.store, begun.session, begun.journal, self._gate, self._status, self._is_due)
         self._log = logging.getLogger("onthefly")
         self._pid = os.getpid()

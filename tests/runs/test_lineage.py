@@ -93,6 +93,25 @@ def test_a_short_way_to_an_old_run_does_not_hide_a_nearer_one():
     assert Lineage.of(rows).common_ancestor("a", "b") == "near"
 
 
+def test_the_fork_point_is_where_the_first_left_the_common_line():
+    rows = [
+        root("baseline"),
+        child("fork1", "baseline", step=10),
+        child("fork2", "baseline", step=20),
+        child("fork3", "fork1", step=15),
+        child("merge1", "baseline", "fork1", step=30),
+        root("other"),
+    ]
+    lineage = Lineage.of(rows)
+    assert lineage.fork_point(["fork1", "fork2"]) == "baseline for fork1"
+    assert lineage.fork_point(["baseline", "fork2"]) == "baseline for fork2"
+    assert lineage.fork_point(["fork3", "fork1"]) == "fork1 for fork3"
+    assert lineage.fork_point(["fork3", "fork2", "baseline"]) == "baseline for fork1"
+    assert lineage.fork_point(["merge1", "fork2"]) == "baseline for fork2"
+    assert lineage.fork_point(["baseline", "baseline"]) is None
+    assert lineage.fork_point(["fork1", "other"]) is None
+
+
 def test_of_several_nearest_common_ancestors_the_one_least_far_and_then_the_newest_is_taken():
     rows = [root("p", created=1), root("q", created=2), child("a", "p", "q"), child("b", "q", "p")]
     assert Lineage.of(rows).common_ancestor("a", "b") == "q"

@@ -86,6 +86,10 @@ def fork(session: Session, command: commands.ForkRun) -> Future[Result]:
     return _with(session.branches.fork(command, selection), doubt)
 
 
+def merge(session: Session, command: commands.MergeRuns) -> Result:
+    return session.merges.merge(command)
+
+
 def switch(session: Session, command: commands.SwitchRun) -> Result:
     return session.branches.switch(command.run)
 
@@ -150,6 +154,7 @@ _ACTIONS: Mapping[type[Command], Callable[[Any, Any], Answer]] = {
     commands.CancelScan: cancel_scan,
     commands.Subset: subset,
     commands.ForkRun: fork,
+    commands.MergeRuns: merge,
     commands.SwitchRun: switch,
     commands.Undo: undo,
     commands.ExportSubset: export_subset,

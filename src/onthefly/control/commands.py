@@ -176,6 +176,67 @@ class ForkRun(Chosen):
     _plain = field_validator("values")(_plain_values)
 
 
+class MergeParent(BaseModel):
+    """A checkpoint to merge, or, without a path, the state that the session is in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str | None = Field(None, description="The checkpoint's file; none: the present state.")
+    hash: str | None = Field(None, description="Refuse the file unless its content hash begins with this.")
+
+
+class MergeRuns(Command):
+    """Merge checkpoints of several runs, judge what comes of it beside them, and, if asked to, go on with the best."""
+
+    kind = "mergeRuns"
+    changes_state = True
+    parents: list[MergeParent] = Field(min_length=2, description="What is merged.")
+    base: MergeParent | None = Field(
+        None, description="What the parents come from, for strategies that merge differences."
+    )
+    strategies: list[str] = Field(["swa"], min_length=1, description="Their names; all: each that can be used here.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the strategies, by name.")
+    weights: list[float] | None = Field(None, description="One for each parent.")
+    data: str = Field("val", pattern="^(val|test)$", description="The data that judge: val or test.")
+    slices: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Further rows: parts of those data, as recipes on the values of the first parent.",
+    )
+    judge: str | None = Field(None, description="The slice by which the best is told. Default: all of the data.")
+    metric: str | None = Field(
+        None,
+        pattern="^(loss|accuracy)$",
+        description="What is compared. Default: accuracy for classifiers, or else loss.",
+    )
+    commit: str | None = Field(
+        None, description="best, or a strategy: the one to go on with. Default: none, a preview."
+    )
+    floor: bool = Field(True, description="Commit nothing that is worse than the best parent.")
+    name: str | None = Field(None, description="Name of the new run. Default: merge1, merge2, ...")
+    optimizer: str = Field(
+        "reset",
+        pattern="^(reset|first|average)$",
+        description="Its state after the merge: empty, the first parent's, or averaged.",
+    )
+    warmup: int = Field(0, ge=0, description="Steps over which the learning rate rises again.")
+    recalibrate: int = Field(
+        2048, ge=0, description="Train samples that batch-norm statistics are estimated on anew; 0: none."
+    )
+    fisher: str = Field(
+        "empirical",
+        pattern="^(empirical|true)$",
+        description="Fisher information by the data's labels, or the model's own.",
+    )
+    samples: int = Field(256, ge=1, description="How many samples of a parent's own data its statistics are taken of.")
+
+    @field_validator("slices")
+    @classmethod
+    def _sound(cls, slices: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        from onthefly.samples.recipes import check
+
+        return {name: check(recipe) for name, recipe in slices.items()}
+
+
 class SwitchRun(Command):
     """Go over to another run, and on with it from where it stands."""
 
@@ -213,6 +274,7 @@ COMMANDS: tuple[type[Command], ...] = (
     CancelScan,
     Subset,
     ForkRun,
+    MergeRuns,
     SwitchRun,
     Undo,
     ExportSubset,

@@ -101,7 +101,7 @@ class Sampling:
         self._start = begun
         self._history = history
         self._save = save
-        self._look_up = look_up  # raises `ScanStopped` when a scan is to stop
+        self.look_up = look_up  # raises `ScanStopped` when a scan is to stop
         self._last: _Scanned | None = None
         self._columns: Columns = {}  # what the last selection was made from
         for module in state.modules.values():
@@ -191,7 +191,7 @@ class Sampling:
         if loader is None:
             raise MissingPartError(f"attach was given no {data}_loader, so there is nothing to scan")
         per_sample = per_sample_loss(given.loss_fn, given.per_sample_loss)
-        model = self._model()
+        model = self.model()
         kept = self._save("scan", goes_on=False).result()
         if (known := self._known(kept.hash, data, embeddings)) is not None:
             self._last = known
@@ -266,7 +266,8 @@ class Sampling:
             )
         return length
 
-    def _model(self) -> nn.Module:
+    def model(self) -> nn.Module:
+        """The model that is looked at. Raises `MissingPartError` when there are several."""
         modules = self._state.modules
         if len(modules) > 1 and "model" not in modules:
             raise MissingPartError(f"this session trains several models ({', '.join(modules)}): a scan needs just one")
@@ -274,7 +275,7 @@ class Sampling:
 
     def _on_batch(self, done: int, total: int) -> None:
         self.progress = done / max(total, 1)
-        self._look_up()
+        self.look_up()
 
 
 def _learn_autocast(module: nn.Module, sampling: Sampling) -> None:

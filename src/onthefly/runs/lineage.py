@@ -134,6 +134,25 @@ class Lineage:
             nearest, key=lambda name: (from_a[name] + from_b[name], -self._runs[name].created, name), default=None
         )
 
+    def fork_point(self, names: Sequence[str]) -> str | None:
+        """The hash of the checkpoint up to which the lines of all these runs are one; None if there is none.
+
+        It is where the first of them left their common ancestor.
+        """
+        ancestor: str | None = names[0]
+        for name in names[1:]:
+            ancestor = None if ancestor is None else self.common_ancestor(ancestor, name)
+        left: dict[str, int] = {}
+        for name in names:
+            line = [segment.run for segment in self.path(name)]
+            if ancestor is None or ancestor not in line:
+                return None
+            if name != ancestor:
+                run = self._runs[line[line.index(ancestor) + 1]]
+                content = next(content for parent, content in run.parents if parent == ancestor)
+                left.setdefault(content, int((run.base or {}).get("step", 0)))
+        return min(left, key=lambda content: left[content], default=None)
+
     def path(self, name: str) -> tuple[Segment, ...]:
         """The line of steps that led to the head of a run, from the root on, one segment for each run on it.
 

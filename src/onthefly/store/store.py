@@ -95,6 +95,11 @@ class Store:
     def manifests_dir(self) -> Path:
         return self.root / "manifests"
 
+    @property
+    def statistics_dir(self) -> Path:
+        """What was measured of checkpoints for merges: Fisher information, Gram matrices."""
+        return self.root / "statistics"
+
     def log_path(self, run: str) -> Path:
         """What a run that was started beside another prints."""
         return self.root / "logs" / f"{run}.log"
