@@ -183,4 +183,5 @@ def _served(model: nn.Module) -> tuple[dict[nn.Module, str], dict[str, str]]:
 
 
 def _name(model: nn.Module, wanted: nn.Module) -> str:
-    return {module: name for name, module in model.named_modules()}[wanted]
+    found: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return found[wanted]
