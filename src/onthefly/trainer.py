@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from onthefly.config import SessionConfig
-from onthefly.control.looking import evaluate, to_device, undisturbed
+from onthefly.control.looking import evaluate, to_device
 from onthefly.errors import MissingPartError, OnTheFlyError
 from onthefly.samples import scan
 from onthefly.session import attach
 from onthefly.state.loader import one_pass
+from onthefly.state.undisturbed import undisturbed
 
 Metric = Callable[[Any, Any], Any]
 """`metric(outputs, targets)` of one batch: a number, or a one-element tensor; batches are weighted by their size."""

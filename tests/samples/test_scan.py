@@ -25,11 +25,11 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from onthefly.control.looking import undisturbed
 from onthefly.errors import InvalidCommandError, MissingPartError, UnsupportedLoaderError
 from onthefly.samples.scan import PerSampleLoss, ScanStopped, names, per_sample_loss, scan
 from onthefly.samples.table import SampleTable
 from onthefly.state import rng
+from onthefly.state.undisturbed import undisturbed
 
 unhurried = settings(deadline=None, max_examples=40)
 SIZE, FEATURES, CLASSES = 37, 5, 4
@@ -693,3 +693,28 @@ def test_a_scan_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scan(model_of(), DataLoader(data(), batch_size=8, num_workers=2), cross_entropy, embeddings=True)
+
+
+def test_a_subset_gives_what_the_whole_gives_for_its_samples_in_their_order():
+    model, chosen = model_of(), [30, 2, 17, 9, 36, 0]
+    for loader in (DataLoader(Augmented(), batch_size=4), DataLoader(Augmented(), batch_size=4, num_workers=2)):
+        whole = scan(model, loader, cross_entropy, embeddings=True)
+        some = scan(model, loader, cross_entropy, embeddings=True, indices=chosen)
+        assert some.keys() == whole.keys()
+        for name, column in some.items():
+            np.testing.assert_allclose(column, whole[name][chosen], rtol=1e-6, atol=1e-6)
+
+
+def test_a_subset_has_the_names_of_its_samples():
+    class Named(Augmented):
+        def sample_name(self, index):
+            return f"sample {index}"
+
+    columns = scan(model_of(), DataLoader(Named(), batch_size=4), cross_entropy, indices=np.array([5, 3]))
+    assert columns["name"].tolist() == ["sample 5", "sample 3"]
+
+
+@pytest.mark.parametrize("indices", [[], [0, 0], [-1], [SIZE], [0.5], [True]])
+def test_a_subset_that_is_none_is_refused(indices):
+    with pytest.raises(InvalidCommandError):
+        scan(model_of(), DataLoader(data(), batch_size=4), cross_entropy, indices=indices)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from onthefly.control import commands
 from onthefly.control.commands import Command
-from onthefly.control.looking import evaluate, undisturbed
+from onthefly.control.looking import evaluate
 from onthefly.errors import CheckpointError, InvalidCommandError, MissingPartError, said
 from onthefly.state.loader import one_pass
+from onthefly.state.undisturbed import undisturbed
 
 if TYPE_CHECKING:
     from onthefly.control.ring import Kept

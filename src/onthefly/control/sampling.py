@@ -17,7 +17,6 @@ from torch import nn
 from onthefly.control import commands
 from onthefly.control.checkpointer import Save
 from onthefly.control.history import History
-from onthefly.control.looking import undisturbed
 from onthefly.control.start import Start
 from onthefly.errors import (
     CommandError,
@@ -35,6 +34,7 @@ from onthefly.samples.selection import Selection, find
 from onthefly.samples.table import Columns, SampleTable
 from onthefly.state.loader import ExactLoader
 from onthefly.state.train_state import TrainState
+from onthefly.state.undisturbed import undisturbed
 from onthefly.store import queries
 from onthefly.store.projection import project
 

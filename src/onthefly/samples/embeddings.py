@@ -46,7 +46,7 @@ class Penultimate:
     def of(cls, model: nn.Module) -> Iterator[Penultimate]:
         layer = cls(unwrapped(model))
         try:
-            with _eager(model):
+            with eager(model):
                 yield layer
         finally:
             layer._unhook()
@@ -115,7 +115,7 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor
     return None
 
 
-def _eager(model: nn.Module) -> Any:
+def eager(model: nn.Module) -> Any:
     """A compiled model runs as it was written, inside: compiled code does not see hooks that come after it."""
     compiled = any(
         getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")

@@ -1,8 +1,7 @@
 """A scan: one pass over a data set that computes, for every sample, what a model makes of it now.
 
-What is drawn while a sample is loaded depends on its index alone: not on the number of loader workers, and not on what the
-training drew before. So equal weights give an equal scan, also of a data set with random augmentation. (A private generator
-that a data set holds is out of reach, as it is in training.)
+What is drawn while a sample is loaded depends on its index alone (see `loading`). So equal weights give an equal scan, also
+of a data set with random augmentation.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import random
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Subset
 
-from onthefly.errors import InvalidCommandError, MissingPartError, UnsupportedLoaderError
+from onthefly.errors import InvalidCommandError, MissingPartError
 from onthefly.samples.embeddings import Embed, Penultimate, checked
-from onthefly.state.loader import _arguments, _seed_everything, _signals_blocked
+from onthefly.samples.loading import SEED, Source, device_of, each_batch, moved, pair
+from onthefly.state.subsets import Indices
 from onthefly.state.train_state import unwrapped
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
-_BATCH = 256  # where the loader does not say
-_SEED = 0x5CA9
 _BLOCK = 1 << 20  # values that wait on the device until they are worked up and fetched together: 4 MiB
 
 
@@ -42,6 +39,7 @@ def scan(
     loader: Any,
     per_sample: LossFunction,
     *,
+    indices: Indices | None = None,
     embed: Embed | None = None,
     embeddings: bool = False,
     device: torch.device | str | None = None,
@@ -49,6 +47,8 @@ def scan(
     on_batch: Callable[[int, int], object] | None = None,
 ) -> dict[str, np.ndarray]:
     """The columns of per-sample values of a loader's whole data set, in the order of its indices.
+
+    With `indices`, of these samples alone, in the order given: each is loaded as it is for the whole.
 
     `per_sample` gives a loss for each sample, as `per_sample_loss` makes it. Of the loader, the data set, the workers, the
     collate function and the batch size are used, never the sampler. The model runs as it does in training (`autocast`
@@ -70,21 +70,21 @@ def scan(
 
     Raises `UnsupportedLoaderError` for a loader whose samples have no index, `MissingPartError` for batches that are
     not (inputs, targets) pairs and for an embedding that cannot be had, `InvalidCommandError` for losses or embeddings of
-    a wrong shape.
+    a wrong shape, and for indices that are not of the data set, or given twice.
     """
-    source = _Source.of(loader)
+    source = Source.of(loader, indices)
     if device is None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
     losses_of = per_sample if isinstance(per_sample, PerSampleLoss) else PerSampleLoss(per_sample)
-    named = names(source.dataset)
+    named = names(source.dataset, source.indices)
     values = _Values(source.length, losses_of)
     unwrapped(model).eval()
     with ExitStack() as stack:
         layer = stack.enter_context(Penultimate.of(model)) if embeddings and embed is None else None
-        for done, batch in stack.enter_context(closing(_pass(loader, source))):
-            inputs, targets = _moved(_pair(batch), torch.device(device))
+        for done, batch in stack.enter_context(closing(each_batch(loader, source))):
+            inputs, targets = moved(pair(batch), torch.device(device))
             count = done - values.done
-            torch.default_generator.manual_seed(_SEED + done)  # a model may draw, too
+            torch.default_generator.manual_seed(SEED + done)  # a model may draw, too
             with torch.no_grad(), autocast() if autocast is not None else nullcontext():
                 outputs = model(inputs)
                 losses = losses_of.positions(outputs, targets)
@@ -130,7 +130,7 @@ class PerSampleLoss:
                 "the per-sample loss is one number for the whole batch, of shape [], and must be one for each sample, [N]: "
                 'compute it with reduction="none"'
             )
-        return losses.detach()
+        return losses
 
     def mean(self, losses: torch.Tensor, targets: Any) -> torch.Tensor:
         """The mean loss of each sample, [N], over the positions that count. Changes nothing where it is one already."""
@@ -235,7 +235,7 @@ class _Values:
     def add(self, count: int, outputs: Any, targets: Any, losses: torch.Tensor, embedding: torch.Tensor | None) -> None:
         """Take what a batch of `count` samples gave. Raises `InvalidCommandError` for what does not fit."""
         if self.done == 0:
-            self._classifies = _is_classifier(count, outputs, targets)
+            self._classifies = is_classifier(count, outputs, targets)
             self._by_index = self._classifies and targets.dim() == 1
         if not self._classifies or losses.dim() > 1:
             losses = self._losses_of.mean(losses, targets)
@@ -336,7 +336,7 @@ def _judged(logits: torch.Tensor, labels: torch.Tensor, ignored: torch.Tensor) -
     }
 
 
-def _is_classifier(count: int, outputs: Any, targets: Any) -> bool:
+def is_classifier(count: int, outputs: Any, targets: Any) -> bool:
     if not (_is_real(outputs) and outputs.dim() == 2 and len(outputs) == count and outputs.shape[1] >= 2):
         return False
     if _is_integer(targets):
@@ -354,200 +354,16 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-# -- the pass ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What a scan takes of a loader to make batches of its own."""
-
-    dataset: Any
-    length: int  # samples
-    size: int  # of a batch
-    collate: Callable[[Any], Any]
-    bulk: bool  # the data set takes a list of indices
-
-    @classmethod
-    def of(cls, loader: Any) -> _Source:
-        instead = "pass a torch.utils.data.DataLoader over a data set with __getitem__ and __len__"
-        if not isinstance(loader, DataLoader):
-            raise UnsupportedLoaderError(
-                f"a scan needs samples with an index, and a {type(loader).__name__} tells none: {instead}"
-            )
-        dataset: Any = loader.dataset
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            raise UnsupportedLoaderError(
-                f"a scan needs samples with an index, and those of a {type(dataset).__name__} have none: {instead}"
-            )
-        if len(dataset) == 0:
-            raise MissingPartError("the data set is empty, so there is nothing to scan")
-        sampler = loader.batch_sampler
-        if sampler is not None:
-            size = loader.batch_size or (sampler.batch_size if type(sampler) is BatchSampler else _BATCH)
-            return cls(dataset, len(dataset), size, loader.collate_fn, bulk=False)
-        if isinstance(loader.sampler, BatchSampler):
-            return cls(dataset, len(dataset), loader.sampler.batch_size, loader.collate_fn, bulk=True)
-        raise UnsupportedLoaderError(
-            "a scan needs batches, and this loader hands out samples one by one (batch_size=None): give it a batch_size"
-        )
-
-
-class _Batches:
-    """Stands where the data set stood: its items are batches, collated, in the order of the indices.
-
-    Seeding costs more than many a sample. So a batch is first loaded without; if that drew any random number, it is
-    loaded once more with every sample seeded by its index, and so are all that follow. Either way each sample is what
-    it is when seeded.
-    """
-
-    def __init__(self, source: _Source) -> None:
-        self._source = source
-        self._draws: _Draws | None = None  # in the process that loads
-        self._seeded = False
-
-    def __len__(self) -> int:
-        return -(-self._source.length // self._source.size)
-
-    def __getitem__(self, number: int) -> Any:
-        source = self._source
-        indices = list(range(number * source.size, min(source.length, (number + 1) * source.size)))
-        if not self._seeded:
-            if self._draws is None:
-                self._draws = _Draws()
-            self._draws.begin()
-            batch = source.collate(self._load(indices))
-            if not self._draws.any():
-                return batch
-            self._seeded = True
-        return source.collate(self._load(indices, seeded=True))
-
-    def _load(self, indices: list[int], *, seeded: bool = False) -> Any:
-        dataset = self._source.dataset
-        several = dataset.__getitem__ if self._source.bulk else getattr(dataset, "__getitems__", None)
-        if several is not None:
-            if seeded:
-                _seed_everything(_SEED, indices[0])
-            return several(indices)
-        if not seeded:
-            return [dataset[index] for index in indices]  # a third faster than `map` for a __getitem__ in Python
-        samples = []
-        for index in indices:
-            _seed_everything(_SEED, index)
-            samples.append(dataset[index])
-        return samples
-
-    # A user's worker_init_fn looks at its data set, and opens files there.
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _OWN or name.startswith("__"):  # not set yet, while being unpickled
-            raise AttributeError(name)
-        return getattr(self._source.dataset, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._source.dataset, name, value)
-
-
-_OWN = ("_source", "_draws", "_seeded")
-
-
-class _Draws:
-    """Tells whether anybody draws from the process-wide generators, for a few microseconds.
-
-    To compare their whole states would take ten times as long. So each draws a number, which tells where it is: those of
-    Python and NumPy in step with twins that nobody else has, as seeding them takes as long again.
-    """
-
-    def __init__(self) -> None:
-        self._python = random.Random(_SEED)
-        self._numpy = np.random.RandomState(_SEED)
-        self._number = torch.empty((), dtype=torch.int64)
-        self._torch = self._number.random_(generator=torch.Generator().manual_seed(_SEED)).item()
-
-    def begin(self) -> None:
-        torch.default_generator.manual_seed(_SEED)
-        if not self._in_step():
-            random.seed(_SEED)
-            np.random.seed(_SEED)
-            self._python.seed(_SEED)
-            self._numpy.seed(_SEED)
-
-    def any(self) -> bool:
-        return not self._in_step() or self._number.random_().item() != self._torch
-
-    def _in_step(self) -> bool:
-        python, numpy = random.getrandbits(64), np.random.random_sample()
-        return python == self._python.getrandbits(64) and numpy == self._numpy.random_sample()
-
-
-def _pass(loader: DataLoader[Any], source: _Source) -> Generator[tuple[int, Any], None, None]:
-    """Every batch, with how many samples are done with it. Its workers end with it."""
-    batches = _Batches(source)
-    if loader.num_workers or loader.pin_memory:
-        iterator = _iterate(loader, batches)
-    else:  # a DataLoader would only add its own time, a twentieth of a small model's
-        iterator = (batches[number] for number in range(len(batches)))
-    try:
-        for number, batch in enumerate(iterator, 1):
-            yield min(number * source.size, source.length), batch
-    finally:
-        if loader.num_workers:  # an exception that somebody keeps would keep them alive, too
-            iterator._shutdown_workers()
-
-
-def _iterate(loader: DataLoader[Any], batches: _Batches) -> Any:
-    """The iterator of a loader like the user's over batches that are collated already."""
-    arguments = {
-        **_arguments(loader),
-        "collate_fn": _as_it_is,
-        "generator": torch.Generator().manual_seed(_SEED),  # the user's stays where it is
-        "persistent_workers": False,
-        "in_order": True,
-    }
-    own: DataLoader[Any] = DataLoader(batches, batch_size=None, **arguments)  # type: ignore[arg-type]
-    with _signals_blocked(own):
-        return iter(own)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _pair(batch: Any) -> tuple[Any, Any]:
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
-        raise MissingPartError(
-            f"a scan needs batches that are (inputs, targets) pairs; this loader gives a {type(batch).__name__}"
-        )
-    return batch[0], batch[1]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors, and lists, tuples and mappings of them, on a device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if hasattr(value, "to"):  # a batch of a library's own
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_moved(item, device) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_moved(item, device) for item in value)
-    return value
-
-
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
-def names(dataset: Any) -> np.ndarray | None:
-    """The name of every sample of a data set, as an array of strings; None where it has none.
+def names(dataset: Any, indices: torch.Tensor | None = None) -> np.ndarray | None:
+    """The name of every sample of a data set (or of those at some indices), as an array of strings; None where it has none.
 
     A data set names its samples by a method `sample_name(index)`, or, as torchvision's `ImageFolder` does, by
     `samples` or `imgs`, a list of (path, class). A `Subset` and a `ConcatDataset` have the names of what is in them.
     """
-    found = _named(dataset, np.arange(len(dataset)))
+    found = _named(dataset, np.arange(len(dataset)) if indices is None else indices.numpy())
     if found is None:
         return None
     # A path may hold bytes that are no Unicode, which no file format takes.
