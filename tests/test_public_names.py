@@ -5,7 +5,7 @@ import sys
 
 import onthefly
 
-NAMES = {"OnTheFlyError", "Session", "SessionConfig", "Trainer", "attach", "checkpoints", "connect"}
+NAMES = {"OnTheFlyError", "Session", "SessionConfig", "Trainer", "attach", "checkpoints", "connect", "merging"}
 
 
 def test_the_public_names_are_these():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onthefly import checkpoints as checkpoints
+    from onthefly import merging as merging
     from onthefly.client import connect as connect
     from onthefly.config import SessionConfig as SessionConfig
     from onthefly.errors import OnTheFlyError as OnTheFlyError
@@ -25,9 +26,9 @@ _HOMES = {
     "SessionConfig": "onthefly.config",
     "Trainer": "onthefly.trainer",
 }
-_MODULES = ("checkpoints",)
+_MODULES = ("checkpoints", "merging")
 
-__all__ = ["OnTheFlyError", "Session", "SessionConfig", "Trainer", "attach", "checkpoints", "connect"]
+__all__ = ["OnTheFlyError", "Session", "SessionConfig", "Trainer", "attach", "checkpoints", "connect", "merging"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from onthefly.checkpoints.format import open_checkpoint
 from onthefly.checkpoints.header import recorded_hash
-from onthefly.errors import CorruptCheckpointError
-from onthefly.state.tree import unflatten
+from onthefly.checkpoints.weights import entry, models, value_of
 
 Words = tuple[str, str]
 """What the two sides are called."""
@@ -87,18 +85,6 @@ def diff(a: Path, b: Path) -> Diff:
     )
 
 
-def value_of(path: Path) -> dict[str, Any]:
-    """The whole value of a checkpoint, after checking every byte. Raises as `open_checkpoint` does."""
-    file = open_checkpoint(path)
-    try:
-        value = unflatten(file.tree, file.tensors)
-    except CorruptCheckpointError as e:
-        raise CorruptCheckpointError(f"{path}: {e}") from e
-    if not isinstance(value, dict):
-        raise CorruptCheckpointError(f"{path}: its state is a {type(value).__name__}, not a train state")
-    return value
-
-
 def differences(mine: Any, theirs: Any, words: Words, path: str = "") -> Iterator[Difference]:
     """Every entry in which two values differ, in their bits."""
     one_word, other_word = words
@@ -165,20 +151,6 @@ def _changes(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Cha
             other = other_there.get(name)
             if isinstance(tensor, torch.Tensor) and isinstance(other, torch.Tensor) and _same_form(tensor, other):
                 yield _change(f"{part}/{name}", tensor, other)
-
-
-def models(value: Mapping[str, Any]) -> list[str]:
-    """The names of the parts of a train state that are modules."""
-    modes = value.get("modes")
-    return [str(name) for name in modes] if isinstance(modes, dict) else []
-
-
-def entry(value: Mapping[str, Any], name: str) -> Any:
-    """What stands under a part's whole name, or None."""
-    node: Any = value
-    for key in name.split("/"):
-        node = node.get(key) if isinstance(node, dict) else None
-    return node
 
 
 def _change(path: str, a: torch.Tensor, b: torch.Tensor) -> Change:

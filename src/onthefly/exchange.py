@@ -8,10 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,11 +20,18 @@ from onthefly.checkpoints.contents import contents
 from onthefly.checkpoints.durable import replacing
 from onthefly.checkpoints.format import write
 from onthefly.checkpoints.header import check_bytes, opened, parse, read_header, recorded_hash
-from onthefly.comparison import entry, models, value_of
+from onthefly.checkpoints.weights import (
+    entry,
+    few,
+    form,
+    model_of,
+    models,
+    read_state_dict,
+    safetensors_library,
+    value_of,
+)
 from onthefly.errors import (
-    CheckpointNotFoundError,
     CheckpointWriteError,
-    CommandError,
     CorruptCheckpointError,
     InvalidCommandError,
     StateMismatchError,
@@ -34,8 +40,6 @@ from onthefly.errors import (
 from onthefly.runs.references import IMPORTED, listed
 from onthefly.state.tree import flatten
 
-_PICKLED = (".pt", ".pth", ".bin")  # what others call a file of torch.save
-_NAMED = 3  # entries that an error names
 _PIECE = 4 * 2**20
 
 
@@ -74,7 +78,7 @@ def export(source: Path, out: Path, *, only: str | None = None, force: bool = Fa
     """
     if out.suffix not in (".safetensors", ".pt"):
         raise InvalidCommandError(f"{out}: a state dict goes into a file that ends in .safetensors or .pt")
-    library = _safetensors() if out.suffix == ".safetensors" else None
+    library = safetensors_library() if out.suffix == ".safetensors" else None
     if out.exists() and not force:
         raise CheckpointWriteError(errno.EEXIST, "there is such a file already; --force replaces it", str(out))
     value = value_of(source)
@@ -92,18 +96,6 @@ def export(source: Path, out: Path, *, only: str | None = None, force: bool = Fa
     with replacing(out) as handle, os.fdopen(os.dup(handle), "wb") as file:
         torch.save(state, file)
     return Exported(out, part, _count(state), out.stat().st_size)
-
-
-def model_of(value: Mapping[str, Any], source: Path) -> str:
-    """The name of a train state's model. Raises `InvalidCommandError` when there is none, or several."""
-    names = models(value)
-    if "model" in names or len(names) == 1:
-        return "model" if "model" in names else names[0]
-    raise InvalidCommandError(
-        f"{source} has several models: {listed(names)}; choose one with --only NAME"
-        if names
-        else f"{source} has no model; --only NAME chooses another part: {listed(value)}"
-    )
 
 
 def _plain(value: Any, path: str) -> Any:
@@ -203,62 +195,25 @@ def graft(weights: Path, into: Path, folder: Path, run: str, generation: int, *,
     return _described(Arrived(target, written.hash, written.size, step, epoch, value["counters"]), run, generation)
 
 
-def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
-    """A plain state dict of tensors, from ``.safetensors`` or a file of ``torch.save``. No code in it is run.
-
-    Raises `CheckpointNotFoundError`, `InvalidCommandError` for a file of another kind, and `CorruptCheckpointError`.
-    """
-    if not file.is_file():
-        raise CheckpointNotFoundError(errno.ENOENT, "there is no such file", str(file))
-    read = _reader(file)
-    try:
-        found = read(file)
-    except Exception as e:  # whatever a foreign file does to its reader is an error of that file
-        # Its own advice (to let the file run code) is none of ours.
-        raise CorruptCheckpointError(
-            f"{file}: it is not a state dict of plain tensors, or damaged ({type(e).__name__}); nothing of it was executed"
-        ) from e
-    if not isinstance(found, Mapping) or not found:
-        raise CorruptCheckpointError(f"{file}: it holds a {type(found).__name__}, not a state dict")
-    if other := [str(key) for key, item in found.items() if not (isinstance(key, str) and _is_usable(item))]:
-        raise CorruptCheckpointError(
-            f"{file}: a state dict is names and plain tensors, and these are none: {_few(other)}; "
-            "save model.state_dict() alone"
-        )
-    return dict(found)
-
-
-def _reader(file: Path) -> Callable[[Path], Any]:
-    if file.suffix == ".safetensors":
-        return _safetensors().load_file  # type: ignore[no-any-return]
-    if file.suffix in _PICKLED:
-        return lambda path: torch.load(path, weights_only=True, map_location="cpu")
-    raise InvalidCommandError(f"{file}: it is no checkpoint, and no state dict in .safetensors or .pt")
-
-
-def _is_usable(item: Any) -> bool:
-    return type(item) in (torch.Tensor, torch.nn.Parameter) and item.layout is torch.strided and item.is_cpu
-
-
 def _replace(live: Mapping[str, Any], state: Mapping[str, torch.Tensor], problem: str) -> None:
     """Put tensors in the place of others, in their memory, so that ties and strides stay. Names and shapes must be equal."""
     old = {name: tensor.detach() for name, tensor in live.items() if isinstance(tensor, torch.Tensor)}
     wrong = []
     if missing := [name for name in old if name not in state]:
-        wrong.append(f"it lacks {_few(missing)}")
+        wrong.append(f"it lacks {few(missing)}")
     if extra := [name for name in state if name not in old]:
-        wrong.append(f"it has {_few(extra)} besides")
+        wrong.append(f"it has {few(extra)} besides")
     both = [name for name in old if name in state]
     if unequal := [
-        f"{name} is {_form(state[name])}, not {_form(old[name])}" for name in both if not _fits(old[name], state[name])
+        f"{name} is {form(state[name])}, not {form(old[name])}" for name in both if not _fits(old[name], state[name])
     ]:
-        wrong.append(_few(unequal))
+        wrong.append(few(unequal))
     if wrong:
         raise StateMismatchError(f"{problem}: {'; '.join(wrong)}")
     for name, tensor in old.items():
         tensor.copy_(state[name].detach())
     if untied := [name for name, tensor in old.items() if not _equal(tensor, state[name].detach().to(tensor.dtype))]:
-        raise StateMismatchError(f"{problem}: {_few(untied)} is tied to another, and differs from it in the file")
+        raise StateMismatchError(f"{problem}: {few(untied)} is tied to another, and differs from it in the file")
 
 
 def _fits(old: torch.Tensor, new: torch.Tensor) -> bool:
@@ -268,14 +223,6 @@ def _fits(old: torch.Tensor, new: torch.Tensor) -> bool:
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
-
-
-def _form(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _moment(state: Any, file: Path) -> tuple[int, int, dict[str, Any]]:
@@ -303,13 +250,3 @@ def _described(arrived: Arrived, run: str, generation: int) -> Arrived:
         reason=IMPORTED,
     )
     return arrived
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.torch
-    except ImportError as e:
-        raise CommandError(
-            "plain .safetensors files need the safetensors library: pip install 'onthefly[export]'"
-        ) from e
-    return safetensors.torch

@@ -148,9 +148,10 @@ def replay(plan: Plan, scans: Path, *, timeout: float | None = None) -> Verifica
 def differences(recorded: Path, replayed: Path) -> list[str]:
     """Which entries of two checkpoints differ, and by how much, in words. Loads torch."""
     from onthefly import comparison
+    from onthefly.checkpoints.weights import value_of
 
     try:
-        mine, theirs = comparison.value_of(recorded), comparison.value_of(replayed)
+        mine, theirs = value_of(recorded), value_of(replayed)
     except CheckpointError as e:
         return [f"cannot say what differs: {e}"]
     lines = [str(one) for one in comparison.differences(mine, theirs, ("recorded", "replayed"))]

@@ -237,7 +237,7 @@ def test_diff_names_what_only_one_has(own, ok, answer):
 
 def weights_of(path):
     """The stored tensors of a checkpoint's model, by their names in it."""
-    from onthefly.comparison import value_of
+    from onthefly.checkpoints.weights import value_of
 
     return value_of(path)["model"]
 

@@ -2,9 +2,9 @@
 
 `save_checkpoint` and `load_checkpoint` are its front door, and need neither a session nor a store. Behind them, `format`
 and `header` are the file itself, `contents` says what is in one, `staging` and `writer` take it out of a training that
-goes on, `sidecar` is its name and the note beside it, `retention` says which files may go. The room may import `state` and
-`errors`; it never imports the store, and it never executes anything that it reads. `header`, `contents`, `sidecar`,
-`durable` and `retention` load no torch.
+goes on, `weights` is the model in it, or in a file of another tool, `sidecar` is its name and the note beside it, `retention`
+says which files may go. The room may import `state` and `errors`; it never imports the store, and it never executes anything
+that it reads. `header`, `contents`, `sidecar`, `durable` and `retention` load no torch.
 """
 
 from __future__ import annotations
