@@ -53,6 +53,8 @@ class Program:
     knobs: tuple[str, ...] = ("noise",)
     """Values that it registers. Only the first is used."""
     width: int = 8
+    factory: int | None = 8
+    """The width of the models that its model factory makes; None: it has none."""
     test_loss: str = "fine"
     """What the `loss_fn` given to the session does: "fine", "fails", or None for no loss_fn."""
     break_at: int | None = None
@@ -199,19 +201,19 @@ def can_write(folder, user, pipe):
         pipe.send(None)
 
 
+def build_model(width):
+    return nn.Sequential(
+        nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, 3)
+    )
+
+
 def train(program, meet):
     """The training itself. `meet(step)` is called in the steps of `program.stops`."""
     torch.set_num_threads(1)
     random.seed(program.seed)
     np.random.seed(program.seed)
     torch.manual_seed(program.seed)
-    model = nn.Sequential(
-        nn.Linear(6, program.width),
-        nn.BatchNorm1d(program.width),
-        nn.ReLU(),
-        nn.Dropout(0.2),
-        nn.Linear(program.width, 3),
-    )
+    model = build_model(program.width)
     if program.optimizer == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     else:
@@ -308,6 +310,7 @@ def _attached(program, model, optimizer, scheduler, loader, val_loader):
         train_loader=None if program.loop == "steps" else loader,
         val_loader=val_loader,
         test_loader=DataLoader(Samples(3), 16),
+        model_factory=None if program.factory is None else functools.partial(build_model, program.factory),
         loss_fn={"fine": nn.functional.cross_entropy, "fails": fails, None: None}[program.test_loss],
         config=onthefly.SessionConfig(store=program.store, **limit, **program.config),
     )

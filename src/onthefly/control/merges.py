@@ -24,7 +24,6 @@ from onthefly.control import commands
 from onthefly.control.branches import Branches
 from onthefly.control.checkpointer import Save
 from onthefly.control.history import History
-from onthefly.control.looking import undisturbed
 from onthefly.control.ring import Kept
 from onthefly.control.sampling import Inputs, Sampling
 from onthefly.control.start import Start
@@ -53,6 +52,7 @@ from onthefly.samples.scan import PerSampleLoss, ScanStopped, per_sample_loss, s
 from onthefly.state.knobs import Knobs
 from onthefly.state.parts import check_tensor, plain_names, unwrapped
 from onthefly.state.train_state import TrainState, Value
+from onthefly.state.undisturbed import undisturbed
 from onthefly.store import queries
 from onthefly.store.projection import project
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from onthefly.checkpoints.durable import replacing, write_all
 from onthefly.checkpoints.format import Layout
 from onthefly.errors import CheckpointWriteError, InvalidCommandError
-from onthefly.merging.parents import open_parent
+from onthefly.merging.parents import Parent, open_parent
 from onthefly.merging.plan import Plan, planned
 from onthefly.merging.strategies import SLICE
 
@@ -45,14 +45,14 @@ class Merged:
 
 
 def merge_files(
-    parents: Sequence[PathLike],
+    parents: Sequence[PathLike | Parent],
     strategy: str,
     options: Mapping[str, Any] | None = None,
     *,
     out: PathLike,
     weights: Sequence[float] | None = None,
-    base: PathLike | None = None,
-    statistics: Sequence[PathLike] | None = None,
+    base: PathLike | Parent | None = None,
+    statistics: Sequence[PathLike | Parent] | None = None,
     only: str | None = None,
     force: bool = False,
     slice_size: int = SLICE,
@@ -81,7 +81,7 @@ def merge_files(
         options or {},
         weights=weights,
         base=None if base is None else open_parent(base, only=only),
-        statistics=statistics and [open_parent(path) for path in statistics],
+        statistics=None if statistics is None else [open_parent(path) for path in statistics],
         different=True,
         on_part=lambda: on_progress(0, total),
     )
