@@ -270,7 +270,7 @@ def _chunk(gradients: _Gradients, inputs: Any, targets: Any, kind: Kind, budget:
     # What the forward pass keeps, and as much for the backward pass; a gradient, its square and the sum of such.
     each = 2 * sum(kept.values()) + sum(leaf.nbytes + 8 * leaf.numel() for leaf in leaves.values())
     chunk = max(1, budget // max(1, each))
-    return chunk, f"a sample takes about {_size(each)}, of {_size(budget)}: {chunk if chunk > 1 else 'one'} at once"
+    return chunk, f"a sample takes about {_size(each)}, of {_size(budget)}: room for {chunk} at once"
 
 
 def _size(size: int) -> str:
