@@ -114,7 +114,7 @@ def diagonal_fisher(
                     torch.default_generator.manual_seed(SEED + seen)  # a model may draw, too
                     squares, losses = gradients.of_one(*part)
                 for name, total in totals.items():
-                    total += squares.pop(name).sum(0, dtype=total.dtype)
+                    total += squares.pop(name).sum(0)
                 counted += int(losses.isfinite().all(1).sum())
                 seen += stop - done
                 done = stop
@@ -184,8 +184,8 @@ class _Gradients:
 
             found: Any = vjp(losses_at, self.parameters, has_aux=True)  # its stub knows no has_aux
             losses, pull, weights = found
-            chosen = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-            return _sum((pull(one)[0] for one in chosen), weights), losses
+            # The root of its weight pulled back makes a weighted square.
+            return _squared(pull(root)[0] for root in weights.sqrt().diag()), losses
 
         with _vmapping():
             found: _Squares = vmap(of_one)(inputs, targets, chances)
@@ -205,7 +205,7 @@ class _Gradients:
                 for (name, p), gradient in zip(self.parameters.items(), found, strict=True)
             }
 
-        squares = _sum((gradients(loss) for loss in losses), weights)
+        squares = _squared(gradients(loss) for loss in losses * weights.sqrt())
         return {name: square.unsqueeze(0) for name, square in squares.items()}, losses.detach().unsqueeze(0)
 
     def leaves(self) -> dict[str, torch.Tensor]:
@@ -222,12 +222,12 @@ class _Gradients:
             return self.objective(self.outputs(parameters, inputs), targets, chance)
 
 
-def _sum(gradients: Iterator[Parameters], weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The weighted sum of squares, with one gradient in memory at a time."""
+def _squared(gradients: Iterator[Parameters]) -> dict[str, torch.Tensor]:
+    """The sum of squares, with one gradient in memory at a time."""
     total: dict[str, torch.Tensor] = {}
-    for gradient, weight in zip(gradients, weights, strict=True):
+    for gradient in gradients:
         for name, value in gradient.items():
-            square = weight * value.float().square()
+            square = value.float().square()
             total[name] = total[name] + square if name in total else square
     return total
 
@@ -267,12 +267,10 @@ def _chunk(gradients: _Gradients, inputs: Any, targets: Any, kind: Kind, budget:
         )
     for leaf in leaves.values():  # the same for all samples
         kept.pop(leaf.untyped_storage().data_ptr(), None)
-    # What the forward pass keeps, and as much for the backward pass; a gradient, its square and their sum; the square in
-    # float64 of the largest.
-    sizes = [(leaf.numel(), leaf.itemsize) for leaf in leaves.values()]
-    each = 2 * sum(kept.values()) + sum(n * (size + 8) for n, size in sizes) + 8 * max((n for n, _ in sizes), default=0)
+    # What the forward pass keeps, and as much for the backward pass; a gradient, its square and the sum of such.
+    each = 2 * sum(kept.values()) + sum(leaf.nbytes + 8 * leaf.numel() for leaf in leaves.values())
     chunk = max(1, budget // max(1, each))
-    return chunk, f"a sample takes about {_size(each)}, of {_size(budget)}: {chunk if chunk > 1 else 'one'} at once"
+    return chunk, f"a sample takes about {_size(each)}, of {_size(budget)}: room for {chunk} at once"
 
 
 def _size(size: int) -> str:
@@ -284,7 +282,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _zeros_like(parameter: torch.Tensor) -> torch.Tensor:
-    """float64, so that the order of the sum does not show, where the device has it."""
+    """float64, where the device has it: what is added to it comes in chunks, whose size should not show."""
     return torch.zeros_like(parameter, dtype=torch.float32 if parameter.device.type == "mps" else torch.float64)
 
 

@@ -27,11 +27,11 @@ SEED = 0x5CA9
 _BATCH = 256  # where the loader does not say
 
 
-def batches(loader: Any, indices: Indices | None = None) -> Iterator[Any]:
+def batches(loader: Any, indices: Indices | None = None) -> Generator[Any, None, None]:
     """Every sample of a loader's data set once, or those at some indices in their order, as batches.
 
     Of the loader, the data set, the workers, the collate function and the batch size are used, never the sampler. It moves
-    the process-wide random state. Raises `UnsupportedLoaderError` for a loader whose samples have no index, and
+    the process-wide random state. Its workers end with it: close it when not all of it is taken. Raises `UnsupportedLoaderError` for a loader whose samples have no index, and
     `InvalidCommandError` for indices that are not of its data set, or given twice.
     """
     source = Source.of(loader, indices)
