@@ -81,7 +81,7 @@ def merge_files(
         options or {},
         weights=weights,
         base=None if base is None else open_parent(base, only=only),
-        statistics=statistics and [open_parent(path) for path in statistics],
+        statistics=None if statistics is None else [open_parent(path) for path in statistics],
         different=True,
         on_part=lambda: on_progress(0, total),
     )
