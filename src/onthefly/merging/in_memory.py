@@ -62,8 +62,9 @@ def merge_state_dicts(
         options or {},
         weights=weights,
         base=None if base is None else held_parent(base, "the base"),
-        statistics=statistics
-        and [held_parent(one, f"the statistics of model {number}") for number, one in enumerate(statistics)],
+        statistics=None
+        if statistics is None
+        else [held_parent(one, f"the statistics of model {number}") for number, one in enumerate(statistics)],
     )
     for warning in plan.warnings:
         warnings.warn(warning, stacklevel=2)

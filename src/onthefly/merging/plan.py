@@ -49,14 +49,14 @@ class Plan:
         """The result's numbers, flat, in order, in its dtype. Raises `InvalidCommandError` where one of a parent is not finite."""
         tensor = self.parents[0].tensors[name]
         if name in self.kept:
-            yield from tensor.cpu().reshape(-1).split(size)
+            yield from _cut(tensor.cpu(), size)
             return
         part = self.parts[self.firsts[name]]
         covered = self.strategy.covers(part)
         if covered and self.strategy.reach == "whole":
             self._check(part)
             result = self.strategy.merge(part, **self.options)
-            yield from self._stored(result, name, tensor.dtype).reshape(-1).split(size)
+            yield from _cut(self._stored(result, name, tensor.dtype), size)
             return
         for piece in part.slices(size):
             self._check(piece)
@@ -234,6 +234,11 @@ def _computable(tensor: Tensor) -> Tensor:
     """The tensor in the processor's memory; a complex one as pairs of real numbers, on which every strategy is the same."""
     plain = tensor.cpu()
     return torch.view_as_real(plain.resolve_conj().resolve_neg()) if plain.is_complex() else plain.resolve_neg()
+
+
+def _cut(tensor: Tensor, size: int) -> Iterator[Tensor]:
+    flat = tensor.reshape(-1)
+    return (flat[begin : begin + size] for begin in range(0, len(flat), size))
 
 
 def _check_finite(tensor: Tensor, name: str, label: str) -> None:

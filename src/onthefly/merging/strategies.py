@@ -23,10 +23,11 @@ from torch import Tensor
 
 from onthefly.errors import InvalidCommandError, StateMismatchError
 
-SLICE = 2**16
-"""Numbers that are computed with at once: as float64, those of two parents fit the cache of one core."""
+SLICE = 2**15
+"""Numbers that are computed with at once: as float64 they fit the cache of one core, and torch does not split them among
+threads, which wait for each other longer than they compute, the more so where other processes want the cores.
+"""
 
-_SURVEY_SLICE = 2**20  # a histogram costs as much as 2**15 numbers, however few it counts
 _ROWS = 2**23  # numbers of a matrix that RegMean solves at once: as float64, 64 MiB
 _PARALLEL = 0.9995  # a cosine above which an angle says nothing any more, and a line is the same curve
 _FACTOR = re.compile(r"(?<![a-zA-Z])lora_(?:embedding_)?([AB])(?![a-zA-Z])")
@@ -74,10 +75,7 @@ def mean(part: Part) -> Tensor:
     al. 2022) over fine-tunings of one model. For parents that are near each other: on one trajectory, or from one start with
     a small learning rate. Weighted, for parents that saw different amounts of data.
     """
-    total = _wide(part.parents[0]).mul_(part.weights[0])
-    for tensor, weight in zip(part.parents[1:], part.weights[1:], strict=True):
-        total.add_(_wide(tensor).mul_(weight))
-    return total.div_(math.fsum(part.weights))
+    return _sum_of(map(_wide, part.parents), part.weights).div_(math.fsum(part.weights))
 
 
 def fisher(part: Part, *, floor: float, normalize: bool) -> Tensor:
@@ -88,7 +86,8 @@ def fisher(part: Part, *, floor: float, normalize: bool) -> Tensor:
     """
     assert part.statistics is not None
     norms = part.found if normalize else [1.0] * len(part.weights)
-    total, mass = torch.zeros(2, *part.parents[0].shape, dtype=torch.float64)
+    total = torch.zeros(part.parents[0].shape, dtype=torch.float64)
+    mass = torch.zeros_like(total)
     for tensor, information, weight, norm in zip(part.parents, part.statistics, part.weights, norms, strict=True):
         share = _wide(information).clamp_(min=floor).mul_(weight / norm)
         total.add_(_wide(tensor).mul_(share))
@@ -299,7 +298,8 @@ def greedy(scores: Sequence[float], evaluate: Callable[[tuple[int, ...]], float]
     order = sorted((i for i, score in enumerate(scores) if score == score), key=lambda i: -scores[i])
     if not order:
         raise InvalidCommandError("no parent has a score: there is nothing to begin a soup with")
-    members, best = (order[0],), scores[order[0]]
+    members: tuple[int, ...] = (order[0],)
+    best = scores[order[0]]
     for candidate in order[1:]:
         score = evaluate((*members, candidate))
         if score >= best:
@@ -328,7 +328,8 @@ def _sum_of(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     """``sum w_i t_i``. Uses their memory."""
     total: Tensor | None = None
     for tensor, weight in zip(tensors, weights, strict=True):
-        total = tensor.mul_(weight) if total is None else total.add_(tensor.mul_(weight))
+        product = tensor if weight == 1 else tensor.mul_(weight)
+        total = product if total is None else total.add_(product)
     assert total is not None
     return total
 
@@ -338,47 +339,34 @@ def _deltas(part: Part, base: Tensor) -> Iterator[Tensor]:
 
 
 def _magnitude(delta: Tensor) -> Tensor:
-    """What trimming compares: float32, whose bits, read as integers, are in the order of the numbers."""
+    """What trimming compares."""
     return delta.abs().to(torch.float32)
 
 
 def _thresholds(part: Part, density: float) -> list[float]:
-    """For each parent the magnitude of rank ``density * numbers``: by a histogram of the upper half of its bits, then, of those
-    that share it, of the lower half. Exact, and no tensor of all magnitudes is ever in memory.
-    """
+    """For each parent the magnitude of rank ``density * numbers``, one parent's magnitudes in memory at a time."""
     count = part.parents[0].numel()
-    if not count:
-        return [0.0] * len(part.parents)
-    rank = max(1, round(density * count))
-    uppers = _histograms(part, lambda bits, parent: bits >> 16, 2**15)
-    highs = [_rank_in(histogram, rank) for histogram in uppers]
-    lowers = _histograms(part, lambda bits, parent: bits[bits >> 16 == highs[parent][0]] & 0xFFFF, 2**16)
-    lows = [_rank_in(histogram, left) for histogram, (_, left) in zip(lowers, highs, strict=True)]
-    bits = torch.tensor([high << 16 | low for (high, _), (low, _) in zip(highs, lows, strict=True)], dtype=torch.int32)
-    return bits.view(torch.float32).tolist()
+    return [
+        _threshold(part, parent, count - max(1, round(density * count)))
+        for parent in range(len(part.parents) if count else 0)
+    ]
 
 
-def _histograms(part: Part, select: Callable[[Tensor, int], Tensor], bins: int) -> list[Tensor]:
-    found = [torch.zeros(bins, dtype=torch.int64) for _ in part.parents]
-    for piece in part.slices(_SURVEY_SLICE):
+def _threshold(part: Part, parent: int, rank: int) -> float:
+    magnitudes = np.empty(part.parents[0].numel(), np.float32)
+    for piece in replace(part, parents=(part.parents[parent],)).slices():
         assert piece.base is not None
-        for parent, delta in enumerate(_deltas(piece, _wide(piece.base))):
-            found[parent] += torch.bincount(select(_magnitude(delta).view(torch.int32), parent), minlength=bins)
-    return found
-
-
-def _rank_in(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """The bin of the rank-th largest, and its rank among those in it."""
-    above = histogram.flip(0).cumsum(0)
-    place = int(torch.searchsorted(above, rank))
-    return len(histogram) - 1 - place, rank - (int(above[place - 1]) if place else 0)
+        (delta,) = _deltas(piece, _wide(piece.base))
+        magnitudes[piece.begin : piece.begin + len(delta)] = _magnitude(delta).numpy()
+    magnitudes.partition(rank)
+    return float(magnitudes[rank])
 
 
 def _elected_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The weighted mean of those that have the sign of the weighted sum; zero where that has none."""
     weighted = [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
     elected = _sum_of(weighted, [1.0] * len(weighted)).sign_()
-    total, mass = torch.zeros(2, *elected.shape, dtype=torch.float64)
+    total, mass = torch.zeros_like(elected), torch.zeros_like(elected)
     for delta, weight in zip(deltas, weights, strict=True):
         agrees = (delta.sign() == elected).logical_and_(delta != 0)
         total.add_((delta * weight).mul_(agrees))
