@@ -78,6 +78,22 @@ def test_a_true_fisher_is_its_closed_form():
     assert_close(found.diagonal, {name: value.float() for name, value in expected.items()})
 
 
+@pytest.mark.parametrize("budget", [1 << 30, 1])
+def test_a_class_that_cannot_be_counts_for_nothing(budget):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, CLASSES)
+
+        def forward(self, inputs):
+            return self.layer(inputs).masked_fill(torch.arange(CLASSES) == 0, -torch.inf)
+
+    found = diagonal_fisher(Masked(), [data_for(mlp())], kind="true", budget=budget)
+    assert found.samples == 21
+    assert not found.diagonal["layer.bias"][0]
+    assert found.diagonal["layer.bias"][1:].all()
+
+
 def test_with_many_classes_labels_are_drawn_and_right_in_the_mean():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 33))

@@ -87,37 +87,21 @@ def diagonal_fisher(
     parameters = {name: p.detach() for name, p in bare.named_parameters() if p.is_floating_point()}
     gradients = _Gradients(bare, parameters, _objective(kind, per_sample), autocast or nullcontext)
     draw = torch.Generator().manual_seed(seed)
-    totals: dict[str, torch.Tensor] = {}
-    counted = seen = chunk = 0
-    reason = ""
+    totals = {name: _zeros_like(p) for name, p in parameters.items()}
+    chunks: _Chunks | None = None
+    counted = 0
     on = torch.device(device) if device is not None else device_of(bare)
     with undisturbed(bare), eager(model):
         for count, inputs, targets in pairs(batches, samples, on):
-            if not totals:
-                totals = {name: _zeros_like(p) for name, p in parameters.items()}
-                chunk, reason = _chunk(gradients, narrow(inputs, 0, 1), narrow(targets, 0, 1), kind, budget)
+            if chunks is None:
+                chunks = _Chunks.fitting(gradients, narrow(inputs, 0, 1), narrow(targets, 0, 1), kind, budget)
             # One number a sample, drawn whether it is used or not: labels do not depend on the chunks.
             chances = torch.rand(count, generator=draw).to(on)
-            done = 0
-            while done < count:
-                stop = min(done + chunk, count)
-                part = narrow(inputs, done, stop), narrow(targets, done, stop), chances[done:stop]
-                if chunk > 1:
-                    try:
-                        squares, losses = gradients.at_once(*part)
-                    except OnTheFlyError:
-                        raise
-                    except Exception as e:  # noqa: BLE001  the model's own code; what is wrong with it alone is raised below
-                        chunk, reason = 1, f"the model does not run under vmap: {type(e).__name__}: {_first_line(e)}"
-                        continue
-                else:
-                    torch.default_generator.manual_seed(SEED + seen)  # a model may draw, too
-                    squares, losses = gradients.of_one(*part)
+            for squares, losses in chunks.of(count, inputs, targets, chances):
                 for name, total in totals.items():
                     total += squares.pop(name).sum(0)
-                counted += int(losses.isfinite().all(1).sum())
-                seen += stop - done
-                done = stop
+                counted += int((~losses.isnan().any(1)).sum())
+    assert chunks is not None  # `pairs` gives some, or raises
     diagonal = {plain(name): (total / max(1, counted)).float() for name, total in totals.items()}
     for name, value in diagonal.items():
         if not value.isfinite().all():
@@ -126,7 +110,7 @@ def diagonal_fisher(
             )
     if not counted:
         raise MissingPartError("no sample has a target that counts, so there is no loss to take gradients of")
-    return Fisher(diagonal, kind, counted, "vmap" if chunk > 1 else "loop", reason)
+    return Fisher(diagonal, kind, counted, "vmap" if chunks.size > 1 else "loop", chunks.reason)
 
 
 # -- what gradients are taken of -----------------------------------------------------------------------------------
@@ -246,31 +230,68 @@ def _vmapping() -> Iterator[None]:
 # -- how many at once ----------------------------------------------------------------------------------------------
 
 
-def _chunk(gradients: _Gradients, inputs: Any, targets: Any, kind: Kind, budget: int) -> tuple[int, str]:
-    """How many samples at once, and why, from what the first one takes."""
-    kept: dict[int, int] = {}  # bytes by storage
+@dataclass
+class _Chunks:
+    """Takes squared gradients of as many samples at once as fit; of one, from the first time on that more cannot be had."""
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.layout == torch.strided:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    gradients: _Gradients
+    size: int
+    reason: str
+    done: int = 0
 
-    torch.default_generator.manual_seed(SEED)
-    leaves = gradients.leaves()
-    with torch.enable_grad(), gradients.autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-        outputs = gradients.outputs(leaves, inputs)
-    if kind == "true" and not is_classifier(1, outputs, targets):
-        raise InvalidCommandError(
-            "a true Fisher needs a classifier, with logits [N, C] and targets that are classes or probabilities, to know what "
-            "the model's own labels are: use kind='empirical' for this model"
-        )
-    for leaf in leaves.values():  # the same for all samples
-        kept.pop(leaf.untyped_storage().data_ptr(), None)
-    # What the forward pass keeps, and as much for the backward pass; a gradient, its square and the sum of such.
-    each = 2 * sum(kept.values()) + sum(leaf.nbytes + 8 * leaf.numel() for leaf in leaves.values())
-    chunk = max(1, budget // max(1, each))
-    return chunk, f"a sample takes about {_size(each)}, of {_size(budget)}: room for {chunk} at once"
+    @classmethod
+    def fitting(cls, gradients: _Gradients, inputs: Any, targets: Any, kind: Kind, budget: int) -> _Chunks:
+        """As many as fit into so many bytes, by what the first sample takes. Raises what `kind` cannot do without."""
+        kept: dict[int, int] = {}  # bytes by storage
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        torch.default_generator.manual_seed(SEED)
+        leaves = gradients.leaves()
+        with (
+            torch.enable_grad(),
+            gradients.autocast(),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved),
+        ):
+            outputs = gradients.outputs(leaves, inputs)
+        if kind == "true" and not is_classifier(1, outputs, targets):
+            raise InvalidCommandError(
+                "a true Fisher needs a classifier, with logits [N, C] and targets that are classes or probabilities, to know "
+                "what the model's own labels are: use kind='empirical' for this model"
+            )
+        for leaf in leaves.values():  # the same for all samples
+            kept.pop(leaf.untyped_storage().data_ptr(), None)
+        # What the forward pass keeps, and as much for the backward pass; a gradient, its square and the sum of such.
+        each = 2 * sum(kept.values()) + sum(leaf.nbytes + 8 * leaf.numel() for leaf in leaves.values())
+        size = max(1, budget // max(1, each))
+        return cls(gradients, size, f"a sample takes about {_size(each)}, of {_size(budget)}: room for {size} at once")
+
+    def of(self, count: int, inputs: Any, targets: Any, chances: torch.Tensor) -> Iterator[_Squares]:
+        place = 0
+        while place < count:
+            stop = min(place + self.size, count)
+            found = self._some(narrow(inputs, place, stop), narrow(targets, place, stop), chances[place:stop])
+            if found is not None:
+                yield found
+                self.done += stop - place
+                place = stop
+
+    def _some(self, inputs: Any, targets: Any, chances: torch.Tensor) -> _Squares | None:
+        """Those of a chunk; None when it has to be made smaller."""
+        if self.size == 1:
+            torch.default_generator.manual_seed(SEED + self.done)  # a model may draw, too
+            return self.gradients.of_one(inputs, targets, chances)
+        try:
+            return self.gradients.at_once(inputs, targets, chances)
+        except OnTheFlyError:
+            raise
+        except Exception as e:  # noqa: BLE001  the model's own code; what is wrong with it alone is raised by `of_one`
+            self.size, self.reason = 1, f"the model does not run under vmap: {type(e).__name__}: {_first_line(e)}"
+            return None
 
 
 def _size(size: int) -> str:
