@@ -99,6 +99,7 @@ def main() -> None:
         train_loader,
         val_loader,
         test_loader=test_loader,
+        model_factory=build_model,
         epochs=options.epochs,
         scheduler=scheduler,
         after_step=lambda: time.sleep(options.slow),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class Merges:
         self._demand(command)
         members = self._members(command.parents)
         base = None if command.base is None else self._member(command.base)
-        names, skips = _chosen(command, len(members), base is not None)
+        names, skips = _chosen(command, len(members), base is not None, self._tensors(members[0]))
         given = self._inputs
         try:
             with undisturbed(self._sampling.model(), {"train": given.train_loader, "data": self._judges(command)}):
@@ -392,22 +392,21 @@ class Merges:
             raise MissingPartError(f"{need} are measured on a parent's own data, and attach was given no train_loader")
         bench.load(self._tensors(member))
         chosen = bench.some(member.samples, command.samples)
-        if need == "fishers":
-            measured = diagonal_fisher(
-                bench.model,
-                batches(bench.train, chosen),
-                bench.losses,
-                kind=command.fisher,  # type: ignore[arg-type]
-                samples=len(chosen),
-                autocast=bench.autocast,
-            )
-            about: dict[str, Any] = {"samples": measured.samples, "path": measured.path}
-            tensors = measured.diagonal
-        else:
-            grams = gram_matrices(
-                bench.model, batches(bench.train, chosen), samples=len(chosen), autocast=bench.autocast
-            )
-            about, tensors = {"samples": grams.samples, "left_out": grams.left_out}, grams.matrices
+        with closing(batches(bench.train, chosen)) as data:
+            if need == "fishers":
+                measured = diagonal_fisher(
+                    bench.model,
+                    data,
+                    bench.losses,
+                    kind=command.fisher,  # type: ignore[arg-type]
+                    samples=len(chosen),
+                    autocast=bench.autocast,
+                )
+                about: dict[str, Any] = {"samples": measured.samples, "path": measured.path}
+                tensors = measured.diagonal
+            else:
+                grams = gram_matrices(bench.model, data, samples=len(chosen), autocast=bench.autocast)
+                about, tensors = {"samples": grams.samples, "left_out": grams.left_out}, grams.matrices
         folder.mkdir(exist_ok=True)
         write(path, {"of": member.kept.hash, "kind": kind, **about}, tensors)
         return path
@@ -547,7 +546,9 @@ class _Bench:
         return {self._whole: None, **named, **class_rows(columns)}
 
 
-def _chosen(command: commands.MergeRuns, parents: int, based: bool) -> tuple[list[str], dict[str, str]]:
+def _chosen(
+    command: commands.MergeRuns, parents: int, based: bool, tensors: Collection[str]
+) -> tuple[list[str], dict[str, str]]:
     """The strategies to try, and why others of all are not."""
     for name in command.options:
         if not any(name in _options_of(strategy) for strategy in STRATEGIES):
@@ -565,6 +566,8 @@ def _chosen(command: commands.MergeRuns, parents: int, based: bool) -> tuple[lis
             skipped[strategy.name] = "it needs --weights"
         elif strategy.parents not in (None, parents):
             skipped[strategy.name] = f"it merges {strategy.parents} parents"
+        elif strategy.name in ("adapter", "lora") and not any("lora" in n or "adapter" in n for n in tensors):
+            skipped[strategy.name] = "no tensor is named adapter or lora"
         else:
             names.append(strategy.name)
     return [*names, GREEDY], skipped
