@@ -57,12 +57,23 @@ class Due:
 
 
 @dataclass(frozen=True)
+class ScanOrder:
+    """That the state whose hash is `content` is to be scanned. `autocast`: the device and dtype with which it was trained."""
+
+    data: str
+    embeddings: bool
+    content: str
+    autocast: Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
 class Until:
-    """Where a replay ends, and the file that it leaves there."""
+    """Where a process under orders ends, and the file that it leaves there: a checkpoint, or, told to `scan`, the table of it."""
 
     step: int
     epoch: int
     out: Path
+    scan: ScanOrder | None = None
 
     def reached(self, step: int, epoch: int) -> bool:
         """Raises `InexactError` when the boundary was passed without being met."""
@@ -282,8 +293,13 @@ def _replayed(about: _About, orders: Mapping[str, Any]) -> Start:
         base=Kept(path, orders["hash"], 0, int(orders["generation"]), 0, 0, "base", False, None),
         again=_due(orders["commands"]),
         scans=Path(orders["scans"]),
-        until=Until(int(step), int(epoch), Path(orders["out"])),
+        until=Until(int(step), int(epoch), Path(orders["out"]), _scan_order(orders)),
     )
+
+
+def _scan_order(orders: Mapping[str, Any]) -> ScanOrder | None:
+    told = orders.get("scan")
+    return None if told is None else ScanOrder(told["data"], told["embeddings"], orders["hash"], told["autocast"])
 
 
 def _newest_good(
