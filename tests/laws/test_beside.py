@@ -22,13 +22,14 @@ def assert_same_values(one, other):
         assert one[name].tobytes() == other[name].tobytes(), name
 
 
-@pytest.mark.parametrize("kind", [{}, {"workers": 2}], ids=["here", "workers"])
-def test_beside_a_live_training_it_is_what_that_would_have_found_and_leaves_no_trace(trainings, kind):
-    other = trainings.start(store="other", stops=(7,), **kind)
+def test_it_is_what_the_live_session_would_have_found_and_leaves_no_trace(trainings):
+    fork = {"recipe": CHOSEN, "values": {"lr": "*0.5"}}
+    other = trainings.start(store="other", stops=(7, 8))
     theirs = other.go_on(7, "scanSamples", embeddings=True)
-    training = trainings.start(stops=(7,), command_line=True, **kind)
-    training.go_on(7, "pause")
+    other.go_on(8, "forkRun", **fork)
+    training = trainings.start(stops=(7, 8), command_line=True)
     client = training.client
+    training.go_on(7, "pause")
     until(lambda: any(row.step == 7 for row in client.checkpoints()), "its checkpoint")
     told = []
     found = client.scan_checkpoint("baseline@7", embeddings=True, tell=told.append)
@@ -37,35 +38,27 @@ def test_beside_a_live_training_it_is_what_that_would_have_found_and_leaves_no_t
     assert client.scan_checkpoint(theirs["checkpoint"][:12])["again"] is True
     assert client.scan()["path"] == found["path"]  # the live session stands at that very state
     client.resume()
+    training.at(8)
+    ids = [training.deliver("forkRun", **fork), training.deliver("pause")]
+    training.go()
+    for id in ids:
+        training.done(id)
+    assert client.scan_checkpoint("baseline@8")["again"] is False  # of a run that its session has left
+    client.resume()
     assert_same(training.end(), other.end(), *STATE)
+    last = client.scan_checkpoint("fork1", "val")  # and of one that is over
+    assert last["samples"] == 40
+
     table = SampleTable.read(theirs["path"])
     assert_same_values(table.columns, client.samples("baseline@7").columns)
     assert client.samples("baseline@7").about == table.about
-    (row,) = client.scans()
-    assert (row.checkpoint, row.path.name) == (found["checkpoint"], found["path"].rpartition("/")[2])
-    assert [event.data["checkpoint"] for event in client.events(kinds=["scanned"])] == [row.checkpoint]
-    assert client.fsck().errors == ()
     with pytest.raises(UnknownReferenceError, match="no scan"):
         client.samples("baseline@7", data="val")
-
-
-def test_of_a_fork_on_chosen_samples_and_of_what_a_session_has_left(trainings):
-    training = trainings.start(stops=(7, 8), command_line=True)
-    training.go_on(7, "forkRun", recipe=CHOSEN, values={"lr": "*0.5"})
-    training.go_on(8, "pause")
-    client = training.client
-    assert client.scan_checkpoint("baseline@7")["samples"] == 40  # of the run that the session has left
-    client.resume()
-    training.end()
-    found = client.scan_checkpoint("fork1", "val")
-    assert (found["again"], found["data"]) == (False, "val")
-    assert [(row.run, row.step, row.data) for row in client.scans()] == [
-        ("baseline", 7, "train"),
-        ("fork1", found["step"], "val"),
-    ]
+    rows = client.scans()
+    told_of = [(row.run, row.step, row.data) for row in rows]
+    assert told_of == [("baseline", 7, "train"), ("baseline", 8, "train"), ("fork1", last["step"], "val")]
+    assert [event.data["checkpoint"] for event in client.events(kinds=["scanned"])] == [r.checkpoint for r in rows]
     assert client.fsck().errors == ()
-    events = client.events()
-    assert len({(event.session, event.seq) for event in events}) == len(events)
 
 
 SCRIPT = """
@@ -114,14 +107,16 @@ def script(tmp_path, monkeypatch):
     return run
 
 
-def test_under_the_autocast_of_training_at_the_end_of_a_loop_in_mid_epoch(script, capsys):
+def test_under_the_autocast_of_training_at_the_end_of_a_loop_in_mid_epoch(script, capsys, monkeypatch):
     """Of a loop of one's own, which is never run, and of the Trainer's: it knows by itself."""
     with door.connect(script("live")) as client:
         live = client.samples("baseline")
-    with door.connect(script("ended")) as client:
+        (made,) = client.scans()
+        made.path.unlink()
         found = client.scan_checkpoint("baseline")
-        assert found["step"] == 8
-        assert_same_values(live.columns, client.samples().columns)
+        assert (found["step"], found["again"]) == (8, False)
+        assert found["checkpoint"] == made.checkpoint
+        assert_same_values(live.columns, client.samples("baseline").columns)
     store = script("trainer")
     assert main(["scan", "baseline@8", "--store", str(store)]) == 0
     assert "48 samples" in capsys.readouterr().out
@@ -130,20 +125,12 @@ def test_under_the_autocast_of_training_at_the_end_of_a_loop_in_mid_epoch(script
     with door.connect(store) as client:
         # The same data, weights and steps.
         assert_same_values(live.columns, client.samples("baseline@8").columns)
-
-
-def test_a_script_that_cannot_do_it_is_quoted_and_nothing_is_recorded(script, monkeypatch):
-    store = script("ended")
-    with door.connect(store) as client:
-        with pytest.raises(ResumeError, match=r"(?s)MissingPartError.*no val_loader"):
-            client.scan_checkpoint("baseline", "val")
+        # What it cannot do is told by its last words, and nothing of it stays.
         monkeypatch.setenv("DIES", "1")
-        with pytest.raises(
-            ResumeError, match=r"(?s)exit code 3 before it had scanned baseline@8.*the data set has moved"
-        ):
-            client.scan_checkpoint("baseline")
-        assert client.scans() == []
-        assert [path for path in client.store.checkpoints_dir.iterdir() if path.name.startswith(".scan")] == []
+        with pytest.raises(ResumeError, match=r"(?s)exit code 3 before it had scanned baseline@8.*data set has moved"):
+            client.scan_checkpoint("baseline", embeddings=True)
+        assert len(client.scans()) == 1
+        assert list(client.store.checkpoints_dir.glob(".scan*")) == []
 
 
 def test_a_run_without_a_command_line_cannot_be_started_again(trainings):
