@@ -494,8 +494,12 @@ class Client:
             return known.told()
         maker = queries.session(self.store, row.session)
         launch = replay.launch_of(row.run, [None if maker is None else maker.launch], "scan")
-        learned = [one.data for one in self.events(row.run, kinds=["autocast"]) if one.session == row.session]
-        job = scanning.Job(row, data, embeddings, launch, learned[-1] if learned else None)
+        learned = self.events(kinds=["autocast"])
+        # Of the process that made it, whichever run that was on then, or of an earlier one of the run.
+        told = [one for one in learned if one.session == row.session] or [
+            one for one in learned if one.run == row.run and one.session < row.session
+        ]
+        job = scanning.Job(row, data, embeddings, launch, told[-1].data if told else None)
         began = time.monotonic()
         table = scanning.scan(job, self.store.scans_dir, timeout=timeout, tell=tell)
         if (known := sample_values.known(self.store, row.hash, data, embeddings=embeddings)) is not None:
@@ -504,7 +508,13 @@ class Client:
         digest = table.write(path)
         seconds = time.monotonic() - began
         found = sample_values.Scanned(table, path, digest, data, row.hash, row.step, seconds, again=False)
-        self._adopt(row, found)
+        try:
+            self._adopt(row, found)
+        except CommandTimeoutError:
+            raise  # it stays queued: the session records the scan when it comes to it
+        except OnTheFlyError:
+            path.unlink(missing_ok=True)
+            raise
         return found.told()
 
     def cancel_scan(self, **how: Unpack[Delivery]) -> Result:

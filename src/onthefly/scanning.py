@@ -56,7 +56,8 @@ def scan(job: Job, scans: Path, *, timeout: float | None = None, tell: Tell | No
             "commands": [],
             "out": str(out),
             "scans": str(scans.absolute()),
-            "scan": {"data": job.data, "embeddings": job.embeddings, "autocast": job.autocast},
+            "scan": {"data": job.data, "embeddings": job.embeddings},
+            "autocast": job.autocast,
         }
         look = None
         if tell is not None:

@@ -24,30 +24,28 @@ def assert_same_values(one, other):
 
 def test_it_is_what_the_live_session_would_have_found_and_leaves_no_trace(trainings):
     fork = {"recipe": CHOSEN, "values": {"lr": "*0.5"}}
-    other = trainings.start(store="other", stops=(7, 8))
-    theirs = other.go_on(7, "scanSamples", embeddings=True)
-    other.go_on(8, "forkRun", **fork)
-    training = trainings.start(stops=(7, 8), command_line=True)
+    other = trainings.start(store="other", stops=(7,))
+    other.at(7)
+    ids = [other.deliver("scanSamples", embeddings=True), other.deliver("forkRun", **fork)]
+    theirs, _ = other.go().done(ids[0]), other.done(ids[1])
+    training = trainings.start(stops=(7,), command_line=True)
     client = training.client
-    training.go_on(7, "pause")
-    until(lambda: any(row.step == 7 for row in client.checkpoints()), "its checkpoint")
-    told = []
-    found = client.scan_checkpoint("baseline@7", embeddings=True, tell=told.append)
-    assert (found["checkpoint"], found["step"], found["again"]) == (theirs["checkpoint"], 7, False)
-    assert told
-    assert client.scan_checkpoint(theirs["checkpoint"][:12])["again"] is True
-    assert client.scan()["path"] == found["path"]  # the live session stands at that very state
-    client.resume()
-    training.at(8)
+    training.at(7)
     ids = [training.deliver("forkRun", **fork), training.deliver("pause")]
     training.go()
     for id in ids:
         training.done(id)
-    assert client.scan_checkpoint("baseline@8")["again"] is False  # of a run that its session has left
+    told = []
+    found = client.scan_checkpoint("baseline@7", embeddings=True, tell=told.append)  # its session has left that run
+    assert (found["checkpoint"], found["step"], found["again"]) == (theirs["checkpoint"], 7, False)
+    assert told
+    assert client.scan_checkpoint(theirs["checkpoint"][:12])["again"] is True
+    until(lambda: client.checkpoints("fork1"), "its checkpoint")
+    of_fork = client.scan_checkpoint("fork1", "val")
+    assert (of_fork["samples"], of_fork["again"]) == (40, False)
+    assert client.scan("val")["path"] == of_fork["path"]  # the live session stands at that very state
     client.resume()
     assert_same(training.end(), other.end(), *STATE)
-    last = client.scan_checkpoint("fork1", "val")  # and of one that is over
-    assert last["samples"] == 40
 
     table = SampleTable.read(theirs["path"])
     assert_same_values(table.columns, client.samples("baseline@7").columns)
@@ -55,9 +53,9 @@ def test_it_is_what_the_live_session_would_have_found_and_leaves_no_trace(traini
     with pytest.raises(UnknownReferenceError, match="no scan"):
         client.samples("baseline@7", data="val")
     rows = client.scans()
-    told_of = [(row.run, row.step, row.data) for row in rows]
-    assert told_of == [("baseline", 7, "train"), ("baseline", 8, "train"), ("fork1", last["step"], "val")]
-    assert [event.data["checkpoint"] for event in client.events(kinds=["scanned"])] == [r.checkpoint for r in rows]
+    assert [(row.run, row.step, row.data) for row in rows] == [("baseline", 7, "train"), ("fork1", 7, "val")]
+    events = client.events(kinds=["scanned"])
+    assert [(event.run, event.data["checkpoint"]) for event in events] == [(row.run, row.checkpoint) for row in rows]
     assert client.fsck().errors == ()
 
 

@@ -70,6 +70,8 @@ class Sampling:
         """How much of the scan under way is done."""
         self.autocast: Callable[[], AbstractContextManager[Any]] | None = None
         """How training runs the model. Learned from its first forward pass, unless somebody says it."""
+        told = begun.autocast
+        self._recalled = None if told is None else _autocast(told["device"], told["dtype"])
         self._state = state
         self._loader = loader
         self._dynamics = dynamics
@@ -93,8 +95,6 @@ class Sampling:
 
     def scan_to(self, order: ScanOrder, out: Path, step: int, epoch: int) -> None:
         """Scan the state that this process was started for, and leave the table in a file. Raises as `scan`."""
-        if self.autocast is None and order.autocast is not None:
-            self.autocast = _autocast(order.autocast["device"], order.autocast["dtype"])
         self._table(order.data, order.embeddings, order.content, step, epoch).write(out)
 
     def adopt(self, command: commands.AdoptScan) -> Result:
@@ -216,7 +216,7 @@ class Sampling:
                     per_sample,
                     embed=self._inputs.embed,
                     embeddings=embeddings,
-                    autocast=self.autocast or nullcontext,
+                    autocast=self.autocast or self._recalled or nullcontext,
                     on_batch=self._on_batch,
                 )
         except ScanStopped as e:
