@@ -1,5 +1,6 @@
 """Scans of checkpoints by processes of their own: what a live session's scan gives, and nothing of the training is touched."""
 
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def assert_same_values(one, other):
         assert one[name].tobytes() == other[name].tobytes(), name
 
 
-def test_it_is_what_the_live_session_would_have_found_and_leaves_no_trace(trainings):
+def test_it_is_what_the_live_session_would_have_found_and_leaves_no_trace(trainings, capsys):
     fork = {"recipe": CHOSEN, "values": {"lr": "*0.5"}}
     other = trainings.start(store="other", stops=(7,))
     other.at(7)
@@ -41,7 +42,9 @@ def test_it_is_what_the_live_session_would_have_found_and_leaves_no_trace(traini
     assert told
     assert client.scan_checkpoint(theirs["checkpoint"][:12])["again"] is True
     until(lambda: client.checkpoints("fork1"), "its checkpoint")
-    of_fork = client.scan_checkpoint("fork1", "val")
+    store = ("--store", str(client.store.root))
+    assert main(["scan", "--beside", "--data", "val", "--json", *store]) == 0
+    of_fork = json.loads(capsys.readouterr().out)
     assert (of_fork["samples"], of_fork["again"]) == (40, False)
     assert client.scan("val")["path"] == of_fork["path"]  # the live session stands at that very state
     client.resume()
@@ -129,6 +132,12 @@ def test_under_the_autocast_of_training_at_the_end_of_a_loop_in_mid_epoch(script
             client.scan_checkpoint("baseline", embeddings=True)
         assert len(client.scans()) == 1
         assert list(client.store.checkpoints_dir.glob(".scan*")) == []
+
+
+@pytest.mark.parametrize("words", ["baseline --run baseline", "baseline --cancel", "--beside --no-wait"])
+def test_what_makes_no_sense_is_refused(words, capsys):
+    assert main(["scan", *words.split()]) == 2
+    assert "error:" in capsys.readouterr().err
 
 
 def test_a_run_without_a_command_line_cannot_be_started_again(trainings):
