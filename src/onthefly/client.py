@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from onthefly.garbage import Collection
     from onthefly.repairs import Repair
     from onthefly.run_comparison import RunDiff
+    from onthefly.sample_values import Scanned
     from onthefly.samples.recipes import Recipe
     from onthefly.samples.selection import Selection
     from onthefly.samples.table import SampleTable
@@ -534,6 +535,53 @@ class Client:
         """Compute the loss of every sample, and more, under the present weights. Training stands meanwhile, and is not affected."""
         return self.command("scanSamples", data=data, embeddings=embeddings, **how)
 
+    def scan_checkpoint(
+        self,
+        ref: str,
+        data: str = "train",
+        *,
+        embeddings: bool = False,
+        timeout: float | None = None,
+        tell: Callable[[str], object] | None = None,
+    ) -> Result:
+        """The same under the weights of a checkpoint, computed in a process of its own: the recorded command line is started
+        again, and ends before it trains. Works with a live session, which goes on untouched, and without one.
+
+        A state that was scanned before is not scanned again. `timeout` is in seconds; `tell` is told how far it is. Raises
+        `UnknownReferenceError`, `AmbiguousError`, `CheckpointNotFoundError`, and `ResumeError` when the run cannot be started again,
+        or, quoting its last words, when the process ends before it has scanned.
+        """
+        from onthefly import sample_values, scanning
+        from onthefly.runs import replay
+
+        row = self._recorded(ref)
+        if (known := sample_values.known(self.store, row.hash, data, embeddings=embeddings)) is not None:
+            return known.told()
+        maker = queries.session(self.store, row.session)
+        launch = replay.launch_of(row.run, [None if maker is None else maker.launch], "scan")
+        learned = self.events(kinds=["autocast"])
+        # Of the process that made it, whichever run that was on then, or of an earlier one of the run.
+        told = [one for one in learned if one.session == row.session] or [
+            one for one in learned if one.run == row.run and one.session < row.session
+        ]
+        job = scanning.Job(row, data, embeddings, launch, told[-1].data if told else None)
+        began = time.monotonic()
+        table = scanning.scan(job, self.store.scans_dir, timeout=timeout, tell=tell)
+        if (known := sample_values.known(self.store, row.hash, data, embeddings=embeddings)) is not None:
+            return known.told()  # somebody else was faster
+        path = sample_values.place(self.store, row.hash, data, embeddings=embeddings)
+        digest = table.write(path)
+        seconds = time.monotonic() - began
+        found = sample_values.Scanned(table, path, digest, data, row.hash, row.step, seconds, again=False)
+        try:
+            self._adopt(row, found)
+        except CommandTimeoutError:
+            raise  # it stays queued: the session records the scan when it comes to it
+        except OnTheFlyError:
+            path.unlink(missing_ok=True)
+            raise
+        return found.told()
+
     def cancel_scan(self, **how: Unpack[Delivery]) -> Result:
         """Stop the scan that is under way."""
         return self.command("cancelScan", **how)
@@ -552,17 +600,17 @@ class Client:
         """The scans of a run, or of all, oldest first."""
         return queries.scans(self.store, run=run)
 
-    def samples(self, run: str | None = None, *, dynamics: bool = False, data: str = "train") -> SampleTable:
-        """What is known of every sample: the newest scan, of `run` or of any; or, with `dynamics`, what training has recorded, as
-        of the newest checkpoint. Its `about` says of which state.
+    def samples(self, ref: str | None = None, *, dynamics: bool = False, data: str = "train") -> SampleTable:
+        """What is known of every sample: the newest scan, of a run, of the checkpoint that a REF names, or of any; or, with
+        `dynamics`, what training has recorded, as of that checkpoint or the newest. Its `about` says of which state.
 
         Raises `UnknownReferenceError` when nothing of that kind was computed yet.
         """
         from onthefly import sample_values
 
-        if run is not None:
-            self.run(run)
-        return sample_values.of(self.store, run, dynamics=dynamics, data=data)
+        if ref is None or any(run.name == ref for run in self.runs()):
+            return sample_values.of(self.store, ref, dynamics=dynamics, data=data)
+        return sample_values.of_state(self.store, self._recorded(ref).hash, dynamics=dynamics, data=data)
 
     def selection(self, name: str) -> Selection:
         """The samples that a run is trained on, by its newest change of them; or the selection of that digest.
@@ -670,13 +718,15 @@ class Client:
         """What `verify` would train again."""
         from onthefly import verification
 
-        start = self._recorded(ref) if ref is not None else verification.newest(self.checkpoints())
+        checkpoints, runs = self.checkpoints(), self.runs()
+        start = self._recorded(ref) if ref is not None else verification.newest(checkpoints, runs)
         end = self._recorded(to) if to is not None else None
         return verification.plan(
             start,
             end,
-            checkpoints=self.checkpoints(start.run),
-            events=self.events(start.run, kinds=["command"]),
+            checkpoints=checkpoints,
+            runs=runs,
+            events=self.events((end or start).run, kinds=["command"]),
             sessions={row.id: row for row in self.sessions()},
         )
 
@@ -684,7 +734,8 @@ class Client:
         """Train a recorded stretch again in a fresh process, and compare it with what was recorded, bit by bit.
 
         It starts at `ref` and ends at `to`, or at the next checkpoint of that run and generation; without `ref` it is the
-        newest such stretch of the store. `timeout` is in seconds. A difference is a result, not an error. Raises
+        newest such stretch of the store. When `ref` is the first checkpoint of a run that began from another's (a fork, a rewind), or
+        of a generation after a reset, the stretch is the one from there, with what the run was born with. `timeout` is in seconds. A difference is a result, not an error. Raises
         `UnknownReferenceError`, `AmbiguousError`, `InvalidCommandError` for REFs between which no steps lie, and
         `ResumeError` when the replay cannot start or does not come to its end.
         """
@@ -801,6 +852,34 @@ class Client:
             sidecar.path_of(arrived.path).unlink(missing_ok=True)
             raise
         return next(row for row in reversed(self.checkpoints(run)) if row.path == arrived.path)
+
+    def _adopt(self, row: CheckpointRow, found: Scanned) -> None:
+        """Record a scan of a checkpoint whose file is in place: by the session that keeps the run's history, if one lives."""
+        about: dict[str, Any] = {
+            "run": row.run,
+            "generation": row.generation,
+            "step": row.step,
+            "epoch": row.epoch,
+            "checkpoint": row.hash,
+            "data": found.data,
+            "columns": list(found.table.columns),
+            "length": len(found.table),
+            "path": str(found.path),
+            "hash": found.hash,
+            "seconds": found.seconds,
+        }
+        live = {session.id: session for session in self.sessions(alive=True)}
+        # One that has gone on to another run keeps the history of what it trained before.
+        if (session := self._session_on(row.run) or live.get(row.session)) is not None:
+            try:
+                self.command("adoptScan", session.id, **about)
+            except NoLiveSessionError:
+                self.store.recover(time.time())
+            else:
+                return
+        from onthefly.store import catalog
+
+        catalog.scanned(self.store, **about)
 
     def _file(self, ref: str) -> Path:
         found = self.resolve(ref)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onthefly.checkpoints.header import read_header
-from onthefly.errors import InvalidCommandError, UnknownReferenceError
+from onthefly.errors import InvalidCommandError, StoreError, UnknownReferenceError, said
 from onthefly.runs.references import IMPORTED
 from onthefly.samples import recipes
 from onthefly.samples.dynamics_columns import read_columns
@@ -20,11 +22,54 @@ from onthefly.samples.table import SampleTable
 from onthefly.store import queries
 
 if TYPE_CHECKING:
-    from onthefly.store.queries import CheckpointRow, EventRow, RunRow
+    from collections.abc import Sequence
+
+    from onthefly.store.queries import CheckpointRow, EventRow, RunRow, ScanRow
     from onthefly.store.store import Store
 
 _VALUES = "dynamics/values"
 """The tensor of a checkpoint that holds what training has recorded of each sample."""
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """Values of one data set under one state."""
+
+    table: SampleTable
+    path: Path
+    hash: str
+    data: str
+    checkpoint: str
+    step: int
+    seconds: float
+    again: bool  # it was there already
+
+    def told(self) -> dict[str, Any]:
+        """It, as an answer."""
+        about = {"data": self.data, "samples": len(self.table), "columns": list(self.table.columns)}
+        losses = self.table.columns["loss"]
+        finite = losses[np.isfinite(losses)]
+        mean = float(finite.mean()) if len(finite) else None
+        where = {"path": str(self.path), "checkpoint": self.checkpoint, "step": self.step}
+        return {**about, "loss": mean, "seconds": self.seconds, "again": self.again, **where}
+
+
+def known(store: Store, checkpoint: str, data: str, *, embeddings: bool) -> Scanned | None:
+    """The newest good scan of `data` under the state of that hash. One that is damaged is passed over, and said."""
+    for row in reversed(queries.scans(store, checkpoint=checkpoint)):
+        if row.data == data and row.path.exists() and (not embeddings or "embedding" in row.columns):
+            try:
+                table = SampleTable.read(row.path, content=row.hash)
+            except StoreError as e:
+                logging.getLogger("onthefly").warning("the state is scanned again: %s", said(e))
+                continue
+            return Scanned(table, row.path, row.hash, data, checkpoint, row.step, row.seconds, again=True)
+    return None
+
+
+def place(store: Store, checkpoint: str, data: str, *, embeddings: bool) -> Path:
+    """Where the scan of a state is kept."""
+    return store.scans_dir / f"{checkpoint[:16]}-{data}{'-embeddings' if embeddings else ''}.arrow"
 
 
 def of(store: Store, run: str | None, *, dynamics: bool = False, data: str = "train") -> SampleTable:
@@ -32,7 +77,17 @@ def of(store: Store, run: str | None, *, dynamics: bool = False, data: str = "tr
 
     Raises `UnknownReferenceError` when there is none, `StoreError` for a damaged file, and `CheckpointError`.
     """
-    return _dynamics(store, run) if dynamics else _scan(store, run, data)
+    if dynamics:
+        return _dynamics([row for row in queries.checkpoints(store, run) if row.reason != IMPORTED])
+    of_run = f" of {run!r}" if run is not None else ""
+    return _scan(queries.scans(store, run=run), data, of_run)
+
+
+def of_state(store: Store, checkpoint: str, *, dynamics: bool = False, data: str = "train") -> SampleTable:
+    """The newest scan of `data` under the state of that hash; with `dynamics`, what training had recorded there. Raises as `of`."""
+    if dynamics:
+        return _dynamics([row for row in queries.checkpoints(store) if row.hash == checkpoint])
+    return _scan(queries.scans(store, checkpoint=checkpoint), data, f" of {checkpoint[:12]}", f" {checkpoint[:12]}")
 
 
 def selection(store: Store, name: str) -> Selection:
@@ -97,17 +152,15 @@ def _is_of(event: EventRow, run: RunRow, until: CheckpointRow | None) -> bool:
     return event.generation == until.generation and before
 
 
-def _scan(store: Store, run: str | None, data: str) -> SampleTable:
-    rows = [row for row in queries.scans(store, run=run) if row.data == data and row.path.exists()]
-    if not rows:
-        of_run = f" of {run!r}" if run is not None else ""
-        raise UnknownReferenceError(f"there is no scan{of_run} of the {data} data yet; `onthefly scan` makes one")
-    return SampleTable.read(rows[-1].path, content=rows[-1].hash)
+def _scan(rows: Sequence[ScanRow], data: str, of: str, ref: str = "") -> SampleTable:
+    there = [row for row in rows if row.data == data and row.path.exists()]
+    if not there:
+        raise UnknownReferenceError(f"there is no scan{of} of the {data} data yet; `onthefly scan{ref}` makes one")
+    return SampleTable.read(there[-1].path, content=there[-1].hash)
 
 
-def _dynamics(store: Store, run: str | None) -> SampleTable:
-    rows = [row for row in queries.checkpoints(store, run) if row.reason != IMPORTED and row.path.exists()]
-    for row in reversed(rows):
+def _dynamics(rows: Sequence[CheckpointRow]) -> SampleTable:
+    for row in reversed([row for row in rows if row.path.exists()]):
         header = read_header(row.path)
         found = next((tensor for tensor in header.tensors if tensor.name == _VALUES), None)
         if found is None:
@@ -118,6 +171,6 @@ def _dynamics(store: Store, run: str | None) -> SampleTable:
         about = {"run": row.run, "step": row.step, "epoch": row.epoch, "checkpoint": row.hash, "data": "train"}
         return SampleTable(read_columns(values), about)
     raise UnknownReferenceError(
-        "training has recorded nothing of single samples as of the newest checkpoint: the Trainer does by itself, another loop by "
+        "training has recorded nothing of single samples as of that checkpoint, or the newest: the Trainer does by itself, another loop by "
         "session.log_samples(losses); `onthefly save` makes a newer one"
     )

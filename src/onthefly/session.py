@@ -43,7 +43,7 @@ from onthefly.control.recorder import Recorder
 from onthefly.control.ring import Kept, Ring
 from onthefly.control.sampling import Inputs, Sampling
 from onthefly.control.signals import Signals
-from onthefly.control.start import Start
+from onthefly.control.start import Start, Until
 from onthefly.errors import (
     HalfRestoredError,
     InexactError,
@@ -466,6 +466,8 @@ class Session:
 
     def _finish(self, *, save: bool = True) -> None:
         if self._start.until is not None:
+            if not self._begun:  # a checkpoint of the loop's end, in the middle of an epoch: there was no boundary yet
+                self._attend()
             raise InexactError(f"the loop ended before step {self._start.until.step}, which was recorded")
         self._done = True
         if save:
@@ -509,8 +511,7 @@ class Session:
         self._due_save = save or self._due_save
         self._changes.repeat(self.step, self.epoch)
         if self._start.until is not None and self._start.until.reached(self.step, self.epoch):
-            self._start.until.write(self._state)
-            self._leave("replayed", 0)
+            self._do_as_ordered(self._start.until)
         ready = self._ready()
         if ready and (reason := self._due_save or self._interval()):  # before a command makes another state of it
             self._due_save = None
@@ -533,6 +534,13 @@ class Session:
         if self._waiting or self._gate.signal is not None or not ready or self._jumping:
             self._gate.raised = True
         self._plan()
+
+    def _do_as_ordered(self, until: Until) -> None:
+        if until.scan is not None:
+            self.sampling.scan_to(until.scan, until.out, self.step, self.epoch)
+        else:
+            until.write(self._state)
+        self._leave("replayed", 0)
 
     def _interval(self) -> str | None:
         return _INTERVAL if self.step >= self._checkpointer.next_step or self._is_due() else None

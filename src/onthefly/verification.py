@@ -1,5 +1,8 @@
 """Verifying: a stretch of a run is trained again in a fresh process, and must come out bit for bit.
 
+A stretch lies between two checkpoints of one run and generation, or between the checkpoint of another that it began from and its
+own first one: then what made the run of that state, such as other samples, is done again, too.
+
 `plan` chooses the stretch (values in, values out), `replay` runs the recorded command line over it in a temporary
 store, and `differences` names what is not equal. Torch is loaded only to open checkpoints.
 """
@@ -7,41 +10,28 @@ store, and `differences` names what is not equal. Torch is loaded only to open c
 from __future__ import annotations
 
 import errno
-import json
-import os
-import shutil
-import signal
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onthefly.control.commands import COMMANDS
-from onthefly.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    InvalidCommandError,
-    ResumeError,
-    UnknownReferenceError,
-)
-from onthefly.runs import launch as launching
+from onthefly.errors import CheckpointError, CheckpointNotFoundError, InvalidCommandError, UnknownReferenceError
+from onthefly.runs import replay as replaying
 from onthefly.runs.references import IMPORTED, describe, in_order
 
 if TYPE_CHECKING:
-    from onthefly.store.queries import CheckpointRow, EventRow, SessionRow
+    from onthefly.store.queries import CheckpointRow, EventRow, RunRow, SessionRow
 
 _NAMED = 20  # differences that are written out
-_TAIL = 15  # lines of a failed replay's output that its error quotes
 _STATE_CHANGING = frozenset(command.kind for command in COMMANDS if command.changes_state)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A stretch of one run and generation between two recorded checkpoints, and what it takes to train it again."""
+    """A stretch between two recorded checkpoints, and what it takes to train it again. It is of the run and generation of `end`;
+    `start` may be the one of another run that this one began from."""
 
     start: CheckpointRow
     end: CheckpointRow
@@ -69,12 +59,12 @@ class Verification:
     causes: list[str]
 
 
-def newest(checkpoints: Sequence[CheckpointRow]) -> CheckpointRow:
+def newest(checkpoints: Sequence[CheckpointRow], runs: Iterable[RunRow] = ()) -> CheckpointRow:
     """The newest checkpoint to which a stretch leads. Raises `UnknownReferenceError` when there is none at all."""
-    rows = in_order(row for row in checkpoints if row.evicted is None)
-    if not rows:
+    known = _Recorded(checkpoints, runs)
+    if not known.rows:
         raise UnknownReferenceError("there is no checkpoint in this store yet; `onthefly save` makes one")
-    return next((row for row in reversed(rows) if any(_leads(other, row) for other in rows)), rows[-1])
+    return next((row for row in reversed(known.rows) if known.before(row) is not None), known.rows[-1])
 
 
 def plan(
@@ -82,29 +72,25 @@ def plan(
     end: CheckpointRow | None,
     *,
     checkpoints: Sequence[CheckpointRow],
+    runs: Iterable[RunRow],
     events: Iterable[EventRow],
     sessions: Mapping[int, SessionRow],
 ) -> Plan:
     """The stretch that begins at `start`. Without `end` it ends at the next checkpoint of that run and generation; when
-    `start` is the last one there, the stretch is the one that ends in it.
+    `start` is the last one there, or the first of a run that began from a checkpoint, the stretch is the one that ends in it.
 
     Raises `UnknownReferenceError` when there is only one checkpoint, `InvalidCommandError` when the two do not follow
     each other, and `ResumeError` when the run cannot be started again.
     """
+    known = _Recorded(checkpoints, runs)
     if end is None:
-        start, end = _pair(start, [row for row in checkpoints if row.evicted is None])
-    elif not _leads(start, end):
+        start, end = known.stretch(start)
+    elif not (_leads(start, end) or known.begins(start, end)):
         raise InvalidCommandError(
             f"no steps lead from {describe(start)} to {describe(end)} in one generation of one run"
         )
     makers = [sessions[row.session] for row in (end, start) if row.session in sessions]
-    launch = next((session.launch for session in makers if session.launch is not None), None)
-    if launch is None:
-        raise ResumeError(
-            f"{start.run!r} was not started by a command line that can be run again (a notebook, or a script piped in); "
-            "put the loop into a file to verify it"
-        )
-    launching.check_first(launch, start.run)
+    launch = replaying.launch_of(end.run, (session.launch for session in makers), "verify")
     inexact = list(dict.fromkeys(str(reason) for session in makers for reason in session.inexact))
     return Plan(start, end, list(_commands(events, start, end)), launch, inexact)
 
@@ -118,21 +104,29 @@ def replay(plan: Plan, scans: Path, *, timeout: float | None = None) -> Verifica
     if not plan.start.path.is_file():
         raise CheckpointNotFoundError(errno.ENOENT, "the checkpoint to start from is gone", str(plan.start.path))
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix=".verify-", dir=_room_beside(plan.start.path)) as name:
-        folder = Path(name)
-        # A live run may evict either file while its replay is under way.
-        start = _held(plan.start.path, folder / "start.safetensors")
-        end = _held(plan.end.path, folder / "end.safetensors") if plan.end.path.is_file() else plan.end.path
+    with replaying.workroom(plan.start.path, ".verify-") as folder:
+        start = replaying.held(plan.start.path, folder / "start.safetensors")
+        end = replaying.held(plan.end.path, folder / "end.safetensors") if plan.end.path.is_file() else plan.end.path
         out = folder / "replayed.safetensors"
-        _run(plan, start, folder, out, scans, timeout)
+        orders = {
+            "checkpoint": str(start),
+            "hash": plan.start.hash,
+            "run": plan.end.run,
+            "generation": plan.end.generation,
+            "until": [plan.end.step, plan.end.epoch],
+            "commands": plan.commands,
+            "out": str(out),
+            "scans": str(scans.absolute()),
+        }
+        replaying.run(plan.launch, orders, folder, aim=f"saved {plan.end.run}@{plan.end.step}", timeout=timeout)
         from onthefly.checkpoints.format import open_checkpoint
 
         replayed_hash = open_checkpoint(out).hash
         equal = replayed_hash == plan.end.hash
         found = [] if equal else differences(end, out)
     return Verification(
-        run=plan.start.run,
-        generation=plan.start.generation,
+        run=plan.end.run,
+        generation=plan.end.generation,
         start=plan.start,
         end=plan.end,
         recorded_hash=plan.end.hash,
@@ -189,14 +183,48 @@ def _leads(one: CheckpointRow, other: CheckpointRow) -> bool:
     return (one.run, one.generation) == (other.run, other.generation) and _place(one) < _place(other)
 
 
-def _pair(chosen: CheckpointRow, rows: Sequence[CheckpointRow]) -> tuple[CheckpointRow, CheckpointRow]:
-    if after := [row for row in in_order(rows) if _leads(chosen, row)]:
-        return chosen, min(after, key=_place)
-    if before := [row for row in in_order(rows) if _leads(row, chosen)]:
-        return max(before, key=_place), chosen
-    raise UnknownReferenceError(
-        f"{describe(chosen)} is the only checkpoint of its run and generation; verify needs two: `onthefly save` makes one"
-    )
+class _Recorded:
+    """The checkpoints that are there, oldest first, and which of them runs began from."""
+
+    def __init__(self, checkpoints: Iterable[CheckpointRow], runs: Iterable[RunRow]) -> None:
+        self.rows = in_order(row for row in checkpoints if row.evicted is None)
+        self._runs = {run.name: run for run in runs}
+
+    def stretch(self, chosen: CheckpointRow) -> tuple[CheckpointRow, CheckpointRow]:
+        """The one that ends in a run's first checkpoint, or begins in `chosen`, or else ends in it."""
+        before = self.before(chosen)
+        if before is not None and not _leads(before, chosen):
+            return before, chosen
+        if after := [row for row in self.rows if _leads(chosen, row)]:
+            return chosen, min(after, key=_place)
+        if before is not None:
+            return before, chosen
+        raise UnknownReferenceError(
+            f"{describe(chosen)} is the only checkpoint of its run and generation; verify needs two: `onthefly save` makes one"
+        )
+
+    def before(self, row: CheckpointRow) -> CheckpointRow | None:
+        """The checkpoint from which training came to this one: of its own line, or the one that the line began from."""
+        if line := [other for other in self.rows if _leads(other, row)]:
+            return max(line, key=_place)
+        bases = [other for other in self.rows if self.begins(other, row)]
+        # Several may be of one content; the run's own word says which it was.
+        return min(bases, key=lambda other: not self._is_at_base(other, row.run), default=None)
+
+    def begins(self, base: CheckpointRow, row: CheckpointRow) -> bool:
+        """Whether a run, or a generation of it, began from `base` and came to `row`."""
+        run = self._runs.get(row.run)
+        if run is None or run.base is None or base.id == row.id or row.reason == IMPORTED:
+            return False
+        if row.generation == 0 and run.kind == "root":
+            return False  # it began from nothing; `base` is what a reset went back to
+        if (base.run, base.generation) == (row.run, row.generation):
+            return False
+        return base.hash == run.base["hash"] and _place(base) <= _place(row)
+
+    def _is_at_base(self, row: CheckpointRow, run: str) -> bool:
+        base = self._runs[run].base or {}
+        return row.path.name == Path(base["path"]).name and (row.step, row.epoch) == (base["step"], base["epoch"])
 
 
 def _moment(row: CheckpointRow) -> tuple[int, int, int, int]:
@@ -207,14 +235,16 @@ def _commands(events: Iterable[EventRow], start: CheckpointRow, end: CheckpointR
     """State-changing commands between two checkpoints, in order.
 
     Their places decide, and the order of facts only where the places are one: of a stretch that was repeated after a
-    crash, the checkpoints are younger than the commands.
+    crash, the checkpoints are younger than the commands. Of a line that began from another's checkpoint they are all that
+    it was told, from its birth on.
     """
-    first, last = _moment(start), _moment(end)
+    of_one_line = (start.run, start.generation) == (end.run, end.generation)
+    first, last = _moment(start) if of_one_line else None, _moment(end)
     for event in sorted(events, key=lambda e: (e.epoch, e.step, e.session, e.seq)):
-        if event.kind != "command" or (event.run, event.generation) != (start.run, start.generation):
+        if event.kind != "command" or (event.run, event.generation) != (end.run, end.generation):
             continue
         moment = (event.epoch, event.step, event.session, event.seq)
-        if not first < moment <= last or event.data.get("kind") not in _STATE_CHANGING:
+        if (first is not None and moment <= first) or moment > last or event.data.get("kind") not in _STATE_CHANGING:
             continue
         yield {
             "step": event.step,
@@ -222,58 +252,3 @@ def _commands(events: Iterable[EventRow], start: CheckpointRow, end: CheckpointR
             "kind": event.data["kind"],
             "arguments": event.data.get("arguments", {}),
         }
-
-
-# -- the process -----------------------------------------------------------------------------------------------
-
-
-def _room_beside(path: Path) -> Path | None:
-    """Where there is room for one more checkpoint: in the same folder. None, the system's place, if it is read-only."""
-    return path.parent if os.access(path.parent, os.W_OK) else None
-
-
-def _held(path: Path, name: Path) -> Path:
-    """Another name of a file, or a copy where there are no links."""
-    try:
-        os.link(path, name)
-    except OSError:
-        shutil.copyfile(path, name)
-    return name
-
-
-def _run(plan: Plan, start: Path, folder: Path, out: Path, scans: Path, timeout: float | None) -> None:
-    order = {
-        "checkpoint": str(start),
-        "hash": plan.start.hash,
-        "run": plan.start.run,
-        "generation": plan.start.generation,
-        "until": [plan.end.step, plan.end.epoch],
-        "commands": plan.commands,
-        "out": str(out),
-        "scans": str(scans.absolute()),
-    }
-    extra = {launching.REPLAY: json.dumps(order), launching.STORE: str(folder / "store")}
-    log = folder / "output.txt"
-    with open(log, "wb") as output:
-        process = launching.spawn(
-            plan.launch,
-            extra,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that its loader workers can be ended with it
-        )
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired as e:
-            raise ResumeError(f"the replay did not reach {describe(plan.end)} within {timeout:g} s") from e
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if code == 0 and out.is_file():
-        return
-    ended = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-    lines = log.read_text("utf-8", "replace").rstrip().splitlines()[-_TAIL:]
-    said = "\n".join(["; its last words:", *(f"  {line}" for line in lines)]) if lines else ", without a word"
-    raise ResumeError(f"the replay {ended} before it had saved {plan.end.run}@{plan.end.step}{said}")

@@ -202,9 +202,7 @@ def can_write(folder, user, pipe):
 
 
 def build_model(width):
-    return nn.Sequential(
-        nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, 3)
-    )
+    return nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, 3))
 
 
 def train(program, meet):

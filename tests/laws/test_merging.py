@@ -23,7 +23,10 @@ def branched(trainings, **program):
     training.at(7).go().at(9)
     rows = training.client.checkpoints()
     parents = {
-        run: {"path": str(row.path), "hash": row.hash} for run in ("baseline", "fork1") for row in rows if row.run == run
+        run: {"path": str(row.path), "hash": row.hash}
+        for run in ("baseline", "fork1")
+        for row in rows
+        if row.run == run
     }
     return training, [parents["baseline"], parents["fork1"], {}]
 
@@ -151,7 +154,10 @@ def test_bad_merges_are_refused_and_leave_everything_as_it_was(trainings):
         ({"parents": [baseline, fork1], "options": {"densitty": 1}}, "InvalidCommandError"),
         ({"parents": [baseline, fork1], "judge": "class 9"}, "InvalidCommandError"),
         ({"parents": [baseline, fork1], "commit": "ties"}, "InvalidCommandError"),
-        ({"parents": [baseline, fork1], "slices": {"none": {"select": "range", "field": "loss", "low": 1e9}}}, "InvalidCommandError"),
+        (
+            {"parents": [baseline, fork1], "slices": {"none": {"select": "range", "field": "loss", "low": 1e9}}},
+            "InvalidCommandError",
+        ),
     ]
     ids = [training.deliver("mergeRuns", **arguments) for arguments, _ in cases]
     training.go()

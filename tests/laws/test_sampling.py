@@ -12,6 +12,13 @@ from law_trainings import STATE, assert_same
 
 from onthefly.samples.table import SampleTable
 
+FOREIGN = {"run": "baseline", "generation": 0, "step": 7, "epoch": 1, "checkpoint": "c" * 64, "data": "train"} | {
+    "columns": ["loss"],
+    "length": SAMPLES,
+    "hash": "d" * 64,
+    "seconds": 1.0,
+}
+
 
 @pytest.mark.parametrize("kind", [{}, {"workers": 2}], ids=["here", "workers"])
 def test_a_scan_leaves_no_trace_and_is_not_made_twice_of_one_state(trainings, kind):
@@ -67,7 +74,7 @@ def test_samples_are_exported_with_their_values(trainings, tmp_path):
     assert all(np.isfinite(float(row["loss"])) for row in rows)
 
 
-def test_what_cannot_be_scanned_is_said(trainings):
+def test_what_cannot_be_scanned_is_said(trainings, tmp_path):
     training = trainings.start(stops=(7,), test_loss=None)
     training.at(7)
     ids = [
@@ -75,11 +82,13 @@ def test_what_cannot_be_scanned_is_said(trainings):
         training.deliver("scanSamples", data="test"),
         training.deliver("cancelScan"),
         training.deliver("forkRun", recipe={"select": "forgotten", "times": 1}),
+        training.deliver("adoptScan", **FOREIGN, path=str(tmp_path / "of nobody's.arrow")),
     ]
     training.go()
     kinds = [training.failed(id)["type"] for id in ids]
-    assert kinds == ["MissingPartError", "MissingPartError", "InvalidCommandError", "MissingPartError"]
+    assert kinds == [*["MissingPartError"] * 2, "InvalidCommandError", "MissingPartError", "InvalidCommandError"]
     training.end()
+    assert training.client.scans() == []
 
 
 def test_what_a_loop_logs_of_its_samples_is_part_of_the_state(tmp_path, monkeypatch):

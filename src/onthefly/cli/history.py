@@ -181,6 +181,7 @@ _WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "newRun": lambda data: _line("new run", {name: item for name, item in data.items() if item != "root"}),
     "runTransition": lambda data: f"{data.get('reason', 'went')}: from {data.get('from')} to {data.get('to')}",
     "undo": lambda data: f"took back: {data.get('command', 'a command')}",
+    "autocast": lambda data: f"training runs under autocast: {data.get('dtype', '')} on {data.get('device', '')}",
     "scanned": lambda data: f"scanned {data.get('length', 0):,} samples of the {data.get('data', '')} data",
     "childStarted": lambda data: f"started {data.get('child')} beside it, as process {data.get('pid')}",
     "childEnded": _child_ended,

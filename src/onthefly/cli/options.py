@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -147,3 +150,17 @@ def connect(path: Path | None) -> Client:
     finally:
         gc.enable()
     return client.connect(path)
+
+
+@contextmanager
+def leaving_in_order() -> Iterator[None]:
+    """Inside, a SIGTERM (of `timeout`, say) lets this process end a process that it has started and clear up before it leaves."""
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

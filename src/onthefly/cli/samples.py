@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from onthefly.cli import options, render
+from onthefly.cli.options import leaving_in_order
 from onthefly.cli.render import Column
 from onthefly.cli.steer import say
 from onthefly.errors import InvalidCommandError
 
 if TYPE_CHECKING:
+    from onthefly.client import Delivery
     from onthefly.samples.table import SampleTable
 
 _SHOWN = ("index", "name", "label", "prediction", "loss", "confidence", "margin")
@@ -22,25 +27,43 @@ _DYNAMIC = ("index", "mean_loss", "variability", "max_loss", "forgotten", "seen"
 
 
 @click.command("scan", short_help="Compute the loss of every sample.")
+@click.argument("ref", required=False)
 @click.option(
     "--data", type=click.Choice(["train", "val", "test"]), default="train", show_default=True, help="Of which data."
 )
 @click.option("--embeddings", is_flag=True, help="Also an embedding of every sample.")
+@click.option(
+    "--beside", is_flag=True, help="The newest checkpoint of the live session's run, in a process of its own."
+)
 @click.option("--cancel", is_flag=True, help="Stop the scan that is under way.")
 @options.delivery
-def scan_command(data: str, embeddings: bool, cancel: bool, **given: Any) -> None:
+def scan_command(ref: str | None, data: str, embeddings: bool, beside: bool, cancel: bool, **given: Any) -> None:
     """Compute the loss of every sample, and for a classifier more, under the present weights. Training stands meanwhile.
+
+    With REF, under those of that checkpoint, in a process of its own: the run's command line is started again, and ends before it
+    trains. No session need be alive, and one that is trains on.
 
     Nothing of the training is affected. A state that was scanned before is not scanned again. `onthefly samples` shows what came
     of it.
     """
     as_json, store = given.pop("as_json"), given.pop("store")
     how = options.how(given)
+    alone = ref is not None or beside
+    _refuse_nonsense(how, ref, alone, cancel)
     with options.connect(store) as client:
         if cancel:
             say("cancelled", client.cancel_scan(**how), as_json)
             return
-        result = client.scan(data, embeddings=embeddings, **how)
+        if alone:
+            # The default is how long a session may take to answer; a process of its own may take as long as it takes.
+            asked = click.get_current_context().get_parameter_source("timeout") is ParameterSource.COMMANDLINE
+            timeout = how["timeout"] if asked else None
+            chosen = ref or f"{client.session(how['session']).run}@latest"
+            with leaving_in_order(), nullcontext() if as_json else _waiting(chosen) as status:
+                tell = None if status is None else status.tell
+                result = client.scan_checkpoint(chosen, data, embeddings=embeddings, timeout=timeout, tell=tell)
+        else:
+            result = client.scan(data, embeddings=embeddings, **how)
     if as_json or result.get("status") == "queued":
         say("scanned", result, as_json)
         return
@@ -54,7 +77,7 @@ def scan_command(data: str, embeddings: bool, cancel: bool, **given: Any) -> Non
 
 
 @click.command("samples", short_help="The worst samples, by loss or by what training has recorded.")
-@click.argument("run", required=False)
+@click.argument("ref", required=False)
 @click.option("--top", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="How many.")
 @click.option("--by", metavar="COLUMN", help="Sort by this column, largest first. Default: loss, or mean_loss.")
 @click.option(
@@ -70,7 +93,7 @@ def scan_command(data: str, embeddings: bool, cancel: bool, **given: Any) -> Non
 @options.store
 @options.as_json
 def samples_command(
-    run: str | None,
+    ref: str | None,
     top: int,
     by: str | None,
     dynamics: bool,
@@ -80,9 +103,10 @@ def samples_command(
     store: Path | None,
     as_json: bool,
 ) -> None:
-    """The samples with the largest loss in the newest scan of RUN, or of any run. `onthefly scan` makes one."""
+    """The samples with the largest loss in the newest scan of REF, a run or one checkpoint, or of any run. `onthefly scan`
+    makes one."""
     with options.connect(store) as client:
-        table = client.samples(run, dynamics=dynamics, data=data)
+        table = client.samples(ref, dynamics=dynamics, data=data)
     if plot or to is not None:
         click.echo(_drawn(table, dynamics, to))
         return
@@ -128,6 +152,34 @@ def export_command(to: Path, selection: str | None, recipe: Any, store: Path | N
         click.echo(render.document(result))
     else:
         click.echo(f"{render.bold('exported')}  {result['rows']:,} samples  {render.dim(result['path'])}")
+
+
+def _refuse_nonsense(how: Delivery, ref: str | None, alone: bool, cancel: bool) -> None:
+    if ref is not None and how["session"] is not None:
+        raise InvalidCommandError("REF says which run: leave out --session and --run")
+    if alone and cancel:
+        raise InvalidCommandError("--cancel stops the scan of a session; end the command of one beside it with Ctrl-C")
+    if alone and not how["wait"]:
+        raise InvalidCommandError("a scan beside the training ends with its command: leave out --no-wait")
+
+
+class _Waiting:
+    """A line that says how far a process is."""
+
+    def __init__(self, ref: str, show: Callable[[str], None]) -> None:
+        self._ref = ref
+        self._show = show
+
+    def tell(self, word: str) -> None:
+        self._show(f"{self._ref}: {word}")
+
+
+@contextmanager
+def _waiting(ref: str) -> Iterator[_Waiting]:
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{ref}: starting") as status:
+        yield _Waiting(ref, status.update)
 
 
 def _worst(table: SampleTable, column: str, top: int) -> list[dict[str, Any]]:

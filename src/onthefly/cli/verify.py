@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,14 +25,15 @@ def verify_command(ref: str | None, to: str | None, timeout: float | None, store
     """Start the recorded command line in a fresh process, train from the checkpoint REF to the next one of its run, and
     compare the two content hashes. Nothing of the run or its store is touched.
 
-    Without REF it is the newest stretch of the store. When they differ it says in what, and the exit code is 8.
+    A run that began from another's checkpoint (a fork, a rewind, a reset) is proved from there: its first checkpoint is the end
+    of that stretch. Without REF it is the newest stretch of the store. When they differ it says in what, and the exit code is 8.
     """
     from onthefly import verification
 
     with options.connect(store) as client:
         plan, scans = client.plan(ref, to), client.store.scans_dir
     waiting = nullcontext() if as_json else _waiting(plan)
-    with _leaving_in_order(), waiting:
+    with options.leaving_in_order(), waiting:
         found = verification.replay(plan, scans, timeout=timeout)
     click.echo(render.document(found) if as_json else text(found))
     if not found.equal:
@@ -45,9 +43,10 @@ def verify_command(ref: str | None, to: str | None, timeout: float | None, store
 def text(found: Verification) -> str:
     """The verdict, and the two hashes one above the other."""
     steps = found.end.step - found.start.step
+    begun = f" of {found.start.run}" if found.start.run != found.run else ""
     commands = f", {found.commands} commands applied again" if found.commands else ""
     lines = [
-        f"{found.run}: {steps} steps, from {found.start.step} to {found.end.step}{commands}, "
+        f"{found.run}: {steps} steps, from {found.start.step}{begun} to {found.end.step}{commands}, "
         f"again in a fresh process, {render.span(found.seconds)}",
         f"recorded  {found.recorded_hash}",
         f"replayed  {found.replayed_hash}",
@@ -60,22 +59,8 @@ def text(found: Verification) -> str:
     return "\n".join(lines)
 
 
-@contextmanager
-def _leaving_in_order() -> Iterator[None]:
-    """Inside, a SIGTERM (of `timeout`, say) lets this process end its replay and clear up before it leaves."""
-    before = signal.signal(signal.SIGTERM, _leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
 def _waiting(plan: Plan) -> AbstractContextManager[Any]:
     from rich.console import Console
 
-    message = f"training {plan.start.run} again, from step {plan.start.step} to {plan.end.step}"
+    message = f"training {plan.end.run} again, from step {plan.start.step} to {plan.end.step}"
     return Console(stderr=True).status(message)

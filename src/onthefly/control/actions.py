@@ -118,6 +118,10 @@ def cancel_scan(session: Session, command: commands.CancelScan) -> Result:
     raise InvalidCommandError("no scan is under way")
 
 
+def adopt_scan(session: Session, command: commands.AdoptScan) -> Result:
+    return session.sampling.adopt(command)
+
+
 def export_subset(session: Session, command: commands.ExportSubset) -> Result:
     return session.sampling.export(command, _path(command.path))
 
@@ -153,6 +157,7 @@ _ACTIONS: Mapping[type[Command], Callable[[Any, Any], Answer]] = {
     commands.TestRun: test,
     commands.ScanSamples: scan,
     commands.CancelScan: cancel_scan,
+    commands.AdoptScan: adopt_scan,
     commands.Subset: subset,
     commands.ForkRun: fork,
     commands.MergeRuns: merge,

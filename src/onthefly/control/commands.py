@@ -155,6 +155,23 @@ class CancelScan(Command):
     kind = "cancelScan"
 
 
+class AdoptScan(Command):
+    """Record a scan of a checkpoint that a process beside this one has made."""
+
+    kind = "adoptScan"
+    run: str = Field(description="The checkpoint's run.")
+    generation: int = Field(ge=0, description="Its generation.")
+    step: int = Field(ge=0, description="Its step.")
+    epoch: int = Field(ge=0, description="Its epoch.")
+    checkpoint: str = Field(description="Its hash.")
+    data: str = Field("train", pattern="^(train|val|test)$", description="Which loader's data were scanned.")
+    columns: list[str] = Field(description="What was computed.")
+    length: int = Field(ge=0, description="Of how many samples.")
+    path: str = Field(description="The table's file, in the store.")
+    hash: str = Field(description="The file's hash.")
+    seconds: float = Field(ge=0, description="How long it took.")
+
+
 class Subset(Chosen):
     """Train on chosen samples from the next step on; with neither recipe nor selection, on all of them again."""
 
@@ -272,6 +289,7 @@ COMMANDS: tuple[type[Command], ...] = (
     SetValue,
     ScanSamples,
     CancelScan,
+    AdoptScan,
     Subset,
     ForkRun,
     MergeRuns,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,27 @@ import numpy as np
 import torch
 from torch import nn
 
+from onthefly import sample_values
 from onthefly.control import commands
 from onthefly.control.checkpointer import Save
-from onthefly.control.history import History
-from onthefly.control.start import Start
+from onthefly.control.history import History, Line
+from onthefly.control.start import ScanOrder, Start
 from onthefly.errors import (
     CommandError,
     InvalidCommandError,
     MissingPartError,
-    StoreError,
     UnsupportedLoaderError,
-    said,
 )
+from onthefly.sample_values import Scanned
 from onthefly.samples import recipes
 from onthefly.samples.dynamics import Dynamics
 from onthefly.samples.export import export
-from onthefly.samples.scan import ScanStopped, per_sample_loss, scan
+from onthefly.samples.scan import PerSampleLoss, ScanStopped, per_sample_loss, scan
 from onthefly.samples.selection import Selection, find
 from onthefly.samples.table import Columns, SampleTable
 from onthefly.state.loader import ExactLoader
 from onthefly.state.train_state import TrainState
 from onthefly.state.undisturbed import undisturbed
-from onthefly.store import queries
 from onthefly.store.projection import project
 
 Result = dict[str, Any]
@@ -52,28 +50,6 @@ class Inputs:
     per_sample_loss: Callable[[Any, Any], torch.Tensor] | None = None
     embed: Callable[..., torch.Tensor] | None = None
     model_factory: Callable[[], nn.Module] | None = None
-
-
-@dataclass(frozen=True)
-class _Scanned:
-    """Values of one data set under one state."""
-
-    table: SampleTable
-    path: Path
-    hash: str
-    data: str
-    checkpoint: str
-    step: int
-    seconds: float
-    again: bool  # it was there already
-
-    def told(self) -> Result:
-        about = {"data": self.data, "samples": len(self.table), "columns": list(self.table.columns)}
-        losses = self.table.columns["loss"]
-        finite = losses[np.isfinite(losses)]
-        mean = float(finite.mean()) if len(finite) else None
-        where = {"path": str(self.path), "checkpoint": self.checkpoint, "step": self.step}
-        return {**about, "loss": mean, "seconds": self.seconds, "again": self.again, **where}
 
 
 class Sampling:
@@ -94,6 +70,8 @@ class Sampling:
         """How much of the scan under way is done."""
         self.autocast: Callable[[], AbstractContextManager[Any]] | None = None
         """How training runs the model. Learned from its first forward pass, unless somebody says it."""
+        told = begun.autocast
+        self._recalled = None if told is None else _autocast(told["device"], told["dtype"])
         self._state = state
         self._loader = loader
         self._dynamics = dynamics
@@ -102,10 +80,10 @@ class Sampling:
         self._history = history
         self._save = save
         self.look_up = look_up  # raises `ScanStopped` when a scan is to stop
-        self._last: _Scanned | None = None
+        self._last: Scanned | None = None
         self._columns: Columns = {}  # what the last selection was made from
         for module in state.modules.values():
-            _learn_autocast(module, self)
+            _learn_autocast(module, self._learned)
 
     def scan(self, data: str, *, embeddings: bool = False) -> Result:
         """Compute the values of every sample of a data set. See `onthefly.samples.scan.scan` for what they are.
@@ -114,6 +92,23 @@ class Sampling:
         given, and `CommandError` when it is stopped.
         """
         return self._scanned(data, embeddings).told()
+
+    def scan_to(self, order: ScanOrder, out: Path, step: int, epoch: int) -> None:
+        """Scan the state that this process was started for, and leave the table in a file. Raises as `scan`."""
+        self._table(order.data, order.embeddings, order.content, step, epoch).write(out)
+
+    def adopt(self, command: commands.AdoptScan) -> Result:
+        """Record a scan that another process has made of a checkpoint of this session, or of its run.
+
+        Raises `InvalidCommandError` when its file is not in the store.
+        """
+        path = Path(command.path)
+        if path.parent != self._start.store.scans_dir or not path.is_file():
+            raise InvalidCommandError(f"{path} is no scan in {self._start.store.scans_dir}")
+        told = command.model_dump()
+        line = Line(told.pop("run"), told.pop("generation"))
+        self._history.scan(line, told.pop("step"), told.pop("epoch"), **told)
+        return {"path": str(path), "checkpoint": command.checkpoint}
 
     def selection(self, command: commands.Chosen) -> Selection | None:
         """The samples that a command chooses; None: it chooses none. What has to be computed for it is computed.
@@ -185,68 +180,69 @@ class Sampling:
             )
         return columns, sources
 
-    def _scanned(self, data: str, embeddings: bool) -> _Scanned:
-        given = self._inputs
-        loader = {"train": given.train_loader, "val": given.val_loader, "test": given.test_loader}[data]
-        if loader is None:
-            raise MissingPartError(f"attach was given no {data}_loader, so there is nothing to scan")
-        per_sample = per_sample_loss(given.loss_fn, given.per_sample_loss)
-        model = self.model()
+    def _scanned(self, data: str, embeddings: bool) -> Scanned:
+        self._needed(data)
+        store, line = self._start.store, self._history.line
         kept = self._save("scan", goes_on=False).result()
         if (known := self._known(kept.hash, data, embeddings)) is not None:
             self._last = known
             return known
         began = time.perf_counter()
-        step, epoch, line = kept.step, kept.epoch, self._history.line
+        step, epoch = kept.step, kept.epoch
+        table = self._table(data, embeddings, kept.hash, step, epoch)
+        seconds = time.perf_counter() - began
+        path = sample_values.place(store, kept.hash, data, embeddings=embeddings)
+        digest = table.write(path)
+        told = {
+            "checkpoint": kept.hash,
+            "data": data,
+            "columns": list(table.columns),
+            "length": len(table),
+            "path": str(path),
+        }
+        self._history.scan(line, step, epoch, **told, hash=digest, seconds=seconds)
+        self._last = Scanned(table, path, digest, data, kept.hash, step, seconds, again=False)
+        return self._last
+
+    def _table(self, data: str, embeddings: bool, content: str, step: int, epoch: int) -> SampleTable:
+        """What the model makes of every sample now, in the state of that hash."""
+        loader, per_sample = self._needed(data)
+        model = self.model()
         try:
             with undisturbed(model, loader):
                 columns = scan(
                     model,
                     loader,
                     per_sample,
-                    embed=given.embed,
+                    embed=self._inputs.embed,
                     embeddings=embeddings,
-                    autocast=self.autocast or nullcontext,
+                    autocast=self.autocast or self._recalled or nullcontext,
                     on_batch=self._on_batch,
                 )
         except ScanStopped as e:
             raise CommandError(str(e)) from e
         finally:
             self.progress = None
-        seconds = time.perf_counter() - began
-        about = {"run": line.run, "step": step, "epoch": epoch, "checkpoint": kept.hash, "data": data}
-        table = SampleTable(columns, about)
-        path = self._start.store.scans_dir / f"{kept.hash[:16]}-{data}{'-embeddings' if embeddings else ''}.arrow"
-        digest = table.write(path)
-        told = {
-            "checkpoint": kept.hash,
-            "data": data,
-            "columns": list(columns),
-            "length": len(table),
-            "path": str(path),
-        }
-        self._history.scan(line, step, epoch, **told, hash=digest, seconds=seconds)
-        self._last = _Scanned(table, path, digest, data, kept.hash, step, seconds, again=False)
-        return self._last
+        about = {"run": self._history.run, "step": step, "epoch": epoch, "checkpoint": content, "data": data}
+        return SampleTable(columns, about)
 
-    def _known(self, content: str, data: str, embeddings: bool) -> _Scanned | None:
+    def _needed(self, data: str) -> tuple[Any, PerSampleLoss]:
+        given = self._inputs
+        loader = {"train": given.train_loader, "val": given.val_loader, "test": given.test_loader}[data]
+        if loader is None:
+            raise MissingPartError(f"attach was given no {data}_loader, so there is nothing to scan")
+        return loader, per_sample_loss(given.loss_fn, given.per_sample_loss)
+
+    def _known(self, content: str, data: str, embeddings: bool) -> Scanned | None:
         last = self._last
         if (
             last is not None
             and (last.checkpoint, last.data) == (content, data)
             and (not embeddings or "embedding" in last.table.columns)
         ):
-            return _Scanned(last.table, last.path, last.hash, data, content, last.step, last.seconds, again=True)
+            return replace(last, again=True)
         project(self._start.store, self._start.session)
-        for row in reversed(queries.scans(self._start.store, checkpoint=content)):
-            if row.data == data and row.path.exists() and (not embeddings or "embedding" in row.columns):
-                try:
-                    table = SampleTable.read(row.path, content=row.hash)
-                except StoreError as e:
-                    logging.getLogger("onthefly").warning("the state is scanned again: %s", said(e))
-                    continue
-                return _Scanned(table, row.path, row.hash, data, content, row.step, row.seconds, again=True)
-        return None
+        return sample_values.known(self._start.store, content, data, embeddings=embeddings)
 
     def _written_dynamics(self, columns: Columns) -> dict[str, Any]:
         """What training has recorded, as a file: a selection that is made from it can be made again."""
@@ -277,17 +273,30 @@ class Sampling:
         self.progress = done / max(total, 1)
         self.look_up()
 
+    def _learned(self, device: str, enabled: bool, dtype: torch.dtype) -> None:
+        if self.autocast is not None:
+            return
+        name = str(dtype).removeprefix("torch.")
+        self.autocast = _autocast(device, name, enabled)
+        if enabled:  # a process that scans a checkpoint of this run makes no step from which it could learn it
+            counters = self._state.counters
+            self._history.event(
+                "autocast", int(counters["step"] or 0), int(counters["epoch"] or 0), device=device, dtype=name
+            )
 
-def _learn_autocast(module: nn.Module, sampling: Sampling) -> None:
-    """Note, at the first forward pass of training, under which autocast it runs."""
+
+def _autocast(device: str, dtype: str, enabled: bool = True) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: torch.autocast(device, getattr(torch, dtype), enabled=enabled)
+
+
+def _learn_autocast(module: nn.Module, learned: Callable[[str, bool, torch.dtype], None]) -> None:
+    """Say, at the first forward pass of training, under which autocast it runs."""
 
     def note(module: nn.Module, arguments: Any) -> None:
         if not torch.is_grad_enabled():
             return
         handle.remove()
-        if sampling.autocast is None:
-            kind = next((p.device.type for p in module.parameters()), "cpu")
-            enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-            sampling.autocast = lambda: torch.autocast(kind, dtype, enabled=enabled)
+        kind = next((p.device.type for p in module.parameters()), "cpu")
+        learned(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     handle = module.register_forward_pre_hook(note)

@@ -57,12 +57,22 @@ class Due:
 
 
 @dataclass(frozen=True)
+class ScanOrder:
+    """That the state whose hash is `content` is to be scanned."""
+
+    data: str
+    embeddings: bool
+    content: str
+
+
+@dataclass(frozen=True)
 class Until:
-    """Where a replay ends, and the file that it leaves there."""
+    """Where a process under orders ends, and the file that it leaves there: a checkpoint, or, told to `scan`, the table of it."""
 
     step: int
     epoch: int
     out: Path
+    scan: ScanOrder | None = None
 
     def reached(self, step: int, epoch: int) -> bool:
         """Raises `InexactError` when the boundary was passed without being met."""
@@ -120,6 +130,8 @@ class Start:
     """The run that it begins on."""
     launch: Mapping[str, Any] | None = None
     """How this process was started, if it can be started again."""
+    autocast: Mapping[str, str] | None = None
+    """The device and dtype of the autocast that an earlier process of its run trained under."""
 
     @property
     def selections(self) -> Path:
@@ -226,6 +238,7 @@ def _resumed(about: _About, name: str) -> Start:
         kept=found.kept,
         again=found.again,
         birth=found.birth,
+        autocast=_autocast(about.store, {name, *(parent for parent, _ in run.parents)}),
     )
     step = found.base.step if found.base is not None else 0
     begun.history.expect(found.recorded, found.head)
@@ -282,8 +295,19 @@ def _replayed(about: _About, orders: Mapping[str, Any]) -> Start:
         base=Kept(path, orders["hash"], 0, int(orders["generation"]), 0, 0, "base", False, None),
         again=_due(orders["commands"]),
         scans=Path(orders["scans"]),
-        until=Until(int(step), int(epoch), Path(orders["out"])),
+        until=Until(int(step), int(epoch), Path(orders["out"]), _scan_order(orders)),
+        autocast=orders.get("autocast"),
     )
+
+
+def _autocast(store: Store, runs: set[str]) -> Mapping[str, str] | None:
+    learned = [event.data for event in queries.events(store, kinds=["autocast"]) if event.run in runs]
+    return learned[-1] if learned else None
+
+
+def _scan_order(orders: Mapping[str, Any]) -> ScanOrder | None:
+    told = orders.get("scan")
+    return None if told is None else ScanOrder(told["data"], told["embeddings"], orders["hash"])
 
 
 def _newest_good(

@@ -1,4 +1,4 @@
-"""The list of checkpoints, changed by a door while no session is on the run: a pin, a tombstone, a new row.
+"""The list of checkpoints, changed by a door while no session is on the run: a pin, a tombstone, a new row, a scan of one.
 
 A live session owns the rows of its run, and is asked by a command instead. Each change is one transaction with its
 event, so that the history stays whole. The event stands behind the last fact of the run's newest session: that one has
@@ -85,6 +85,20 @@ def record(
         connection.execute(before.values(evicted=where["time"], evicted_reason="replaced"))
         connection.execute(insert(table).values({**where, **told, "session": session, "captured": seq}))
         _tell(connection, place, "checkpointSaved", where, told)
+
+
+def scanned(store: Store, *, run: str, path: str, **about: Any) -> None:
+    """Add a scan of a checkpoint of the run, whose file is in place: what `schema.scan` has, but for time and session.
+
+    Raises `CommandError` if a session is on the run, or if none ever was.
+    """
+    row = {**about, "run": run, "path": store.stored_path(path), "time": clock.time()}
+    where = {key: row[key] for key in ("run", "generation", "step", "epoch", "time")}
+    told = {key: row[key] for key in ("checkpoint", "data", "columns", "length", "path", "seconds")}
+    with store.begin() as connection:
+        place = _next_place(connection, run)
+        connection.execute(insert(schema.scan).values({**row, "session": place[0]}))
+        _tell(connection, place, "scanned", where, told)
 
 
 def archive(store: Store, run: str, archived: float | None) -> None:

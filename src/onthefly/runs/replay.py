@@ -1,0 +1,117 @@
+"""Starting a recorded command line again under orders: the new process takes a checkpoint, does what they say at a boundary,
+leaves a file, and ends. It knows only a store of its own, in a folder that goes with it.
+
+What orders say is between who gives them and `control.start`; here they are JSON with an ``out``, the file to leave.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from onthefly.errors import ResumeError
+from onthefly.runs import launch as launching
+from onthefly.runs.launch import Launch
+
+_TAIL = 15  # lines of its output that the error quotes
+_LOOK = 0.1  # seconds between two looks at how far it is
+
+
+def launch_of(run: str, launches: Iterable[Launch | None], purpose: str) -> Launch:
+    """The first of these ways to start a run that there is. Raises `ResumeError` when there is none, or none that leads to it."""
+    launch = next((one for one in launches if one is not None), None)
+    if launch is None:
+        raise ResumeError(
+            f"{run!r} was not started by a command line that can be run again (a notebook, or a script piped in); "
+            f"put the loop into a file to {purpose} it"
+        )
+    launching.check_first(launch, run)
+    return launch
+
+
+@contextmanager
+def workroom(checkpoint: Path, prefix: str) -> Iterator[Path]:
+    """A folder that is gone afterwards, where there is room for one more checkpoint: beside that one, or, if that place
+    is read-only, the system's."""
+    beside = checkpoint.parent if os.access(checkpoint.parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=beside) as name:
+        yield Path(name)
+
+
+def held(path: Path, name: Path) -> Path:
+    """Another name of a file, or a copy where there are no links: a live run may evict it meanwhile."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
+    return name
+
+
+def store_in(folder: Path) -> Path:
+    """The store that a process under orders has in its folder."""
+    return folder / "store"
+
+
+def run(
+    launch: Launch,
+    orders: Mapping[str, Any],
+    folder: Path,
+    *,
+    aim: str,
+    timeout: float | None = None,
+    look: Callable[[], object] | None = None,
+) -> None:
+    """Start it, and wait until it has left its file. `aim` says what it is to have done: "saved toy@7". `look` is called now and
+    then meanwhile.
+
+    Raises `ResumeError`, quoting its last words, when it ends without its file, or does not end within `timeout` seconds.
+    It and its loader workers are gone then.
+    """
+    extra = {launching.REPLAY: json.dumps(dict(orders)), launching.STORE: str(store_in(folder))}
+    log = folder / "output.txt"
+    with open(log, "wb") as output:
+        process = launching.spawn(
+            launch,
+            extra,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its loader workers can be ended with it
+        )
+        try:
+            code = _wait(process, timeout, look)
+        except subprocess.TimeoutExpired as e:
+            raise ResumeError(f"the replay had not {aim} within {timeout:g} s") from e
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code == 0 and Path(orders["out"]).is_file():
+        return
+    ended = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    lines = log.read_text("utf-8", "replace").rstrip().splitlines()[-_TAIL:]
+    said = "\n".join(["; its last words:", *(f"  {line}" for line in lines)]) if lines else ", without a word"
+    raise ResumeError(f"the replay {ended} before it had {aim}{said}")
+
+
+def _wait(process: subprocess.Popen[bytes], timeout: float | None, look: Callable[[], object] | None) -> int:
+    if look is None:
+        return process.wait(timeout)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = _LOOK if deadline is None else min(_LOOK, max(deadline - time.monotonic(), 0))
+        try:
+            return process.wait(left)
+        except subprocess.TimeoutExpired:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise
+        look()
