@@ -102,6 +102,8 @@ def planned(
     if len(parents) < 2 or chosen.parents not in (None, len(parents)):
         wanted = f"{chosen.parents} parents" if chosen.parents else "two parents or more"
         raise InvalidCommandError(f"{chosen.name} merges {wanted}, not {len(parents)}")
+    if not parents[0].tensors:
+        raise InvalidCommandError(f"{parents[0].label} has no tensors: there is nothing to merge")
     shares = _weights(chosen, weights, len(parents))
     _check_needs(chosen, base, statistics, len(parents))
     check_compatible([*parents, base] if base is not None else parents, chosen)
