@@ -27,6 +27,7 @@ _MODULES = {
     "switch": "branch",
     "subset": "branch",
     "undo": "branch",
+    "merge": "merge",
     "reset": "steer",
     "stop": "steer",
     "checkpoints": "history",

@@ -17,6 +17,9 @@ from onthefly.merging.parents import Parent, check_compatible, check_different, 
 from onthefly.merging.registry import Strategy, strategy_named
 from onthefly.merging.strategies import SLICE, Part
 
+Mapped = Callable[[Callable[[Part], Tensor], Iterable[Part]], Iterable[Tensor]]
+"""`map`, or something like it."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -45,23 +48,38 @@ class Plan:
             shape[axis] = self.options["rank"] or shape[axis]
         return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
-    def pieces(self, name: str, size: int = SLICE) -> Iterator[Tensor]:
-        """The result's numbers, flat, in order, in its dtype. Raises `InvalidCommandError` where one of a parent is not finite."""
+    def pieces(self, name: str, size: int = SLICE, mapped: Mapped = map) -> Iterator[Tensor]:
+        """The result's numbers, flat, in order, in its dtype. `mapped` is `map`, or what computes some slices ahead.
+
+        Raises `InvalidCommandError` where a number of a parent is not finite.
+        """
         tensor = self.parents[0].tensors[name]
         if name in self.kept:
-            yield from _cut(tensor.cpu(), size)
-            return
+            return _cut(tensor.cpu(), size)
         part = self.parts[self.firsts[name]]
-        covered = self.strategy.covers(part)
-        if covered and self.strategy.reach == "whole":
+        if self.strategy.reach == "whole" and self.strategy.covers(part):
             self._check(part)
-            result = self.strategy.merge(part, **self.options)
-            yield from _cut(self._stored(result, name, tensor.dtype), size)
-            return
-        for piece in part.slices(size):
-            self._check(piece)
-            result = self.strategy.merge(piece, **self.options) if covered else strategies.mean(piece)
-            yield self._stored(result, name, tensor.dtype)
+            return _cut(self._stored(part, self.strategy.merge(part, **self.options), tensor.dtype), size)
+        return iter(mapped(lambda piece: self._merged(piece, tensor.dtype), part.slices(size)))
+
+    def _merged(self, piece: Part, dtype: torch.dtype) -> Tensor:
+        if not self.strategy.covers(piece):
+            return self._stored(piece, strategies.mean(piece), dtype)
+        if "fishers" in self.strategy.needs:
+            for tensor, parent in zip(piece.statistics or (), self.statistics, strict=True):
+                if float(tensor.min()) < 0:
+                    raise InvalidCommandError(
+                        f"{parent.label}: {piece.name} is below zero, which no Fisher information is"
+                    )
+        return self._stored(piece, self.strategy.merge(piece, **self.options), dtype)
+
+    def _stored(self, part: Part, result: Tensor, dtype: torch.dtype) -> Tensor:
+        """The result in its dtype. What is not finite in a parent is not in the result, so the parents are looked at only then."""
+        stored = result.to(dtype.to_real())
+        if not _is_finite(stored):
+            self._check(part)
+            raise InvalidCommandError(f"{part.name}: what {self.strategy.name} makes of it is too large for {dtype}")
+        return stored
 
     def _check(self, part: Part) -> None:
         for tensor, parent in zip(part.parents, self.parents, strict=True):
@@ -70,14 +88,6 @@ class Plan:
             _check_finite(part.base, part.name, self.base.label)
         for tensor, parent in zip(part.statistics or (), self.statistics, strict=False):
             _check_finite(tensor, part.name, parent.label)
-            if "fishers" in self.strategy.needs and tensor.numel() and float(tensor.min()) < 0:
-                raise InvalidCommandError(f"{parent.label}: {part.name} is below zero, which no Fisher information is")
-
-    def _stored(self, result: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        stored = result.to(dtype.to_real())
-        if not _is_finite(stored):
-            raise InvalidCommandError(f"{name}: what {self.strategy.name} makes of it is too large for {dtype}")
-        return stored
 
 
 def planned(
@@ -102,6 +112,8 @@ def planned(
     if len(parents) < 2 or chosen.parents not in (None, len(parents)):
         wanted = f"{chosen.parents} parents" if chosen.parents else "two parents or more"
         raise InvalidCommandError(f"{chosen.name} merges {wanted}, not {len(parents)}")
+    if not parents[0].tensors:
+        raise InvalidCommandError(f"{parents[0].label} has no tensors: there is nothing to merge")
     shares = _weights(chosen, weights, len(parents))
     _check_needs(chosen, base, statistics, len(parents))
     check_compatible([*parents, base] if base is not None else parents, chosen)

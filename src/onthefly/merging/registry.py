@@ -22,7 +22,7 @@ Need = Literal["weights", "base", "fishers", "grams"]
 
 @dataclass(frozen=True)
 class Option:
-    """A value that a strategy can be given. Numbers are within [low, high]; `open_low`: above low."""
+    """A value that a strategy can be given. Numbers are within [low, high], or above low with `open_low`."""
 
     name: str
     kind: Literal["number", "whole number", "yes or no", "numbers"]
@@ -30,16 +30,18 @@ class Option:
     help: str
     low: float = -math.inf
     high: float = math.inf
+    open_low: bool = False
 
     def read(self, value: Any) -> Any:
         """A value, or what was typed, in its own type. Raises `InvalidCommandError`."""
         try:
             found = _READ[self.kind](value)
-        except (TypeError, ValueError, OverflowError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
             raise InvalidCommandError(f"{self.name} is a {self.kind}, not {value!r}") from e
         for number in found if isinstance(found, tuple) else (found,):
-            if not self.low <= number <= self.high:
-                raise InvalidCommandError(f"{self.name} is between {self.low:g} and {self.high:g}, not {number:g}")
+            if not self.low <= number <= self.high or (self.open_low and number == self.low):
+                least = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+                raise InvalidCommandError(f"{self.name} is {least} and at most {self.high:g}, not {number:g}")
         return found
 
 
@@ -114,8 +116,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "yes or no": _truth,
     "numbers": _numbers,
 }
-_ABOVE_ZERO = 1e-300
-_DENSITY = Option("density", "number", 0.2, "the share of each difference that stays", _ABOVE_ZERO, 1)
+_DENSITY = Option("density", "number", 0.2, "the share of each difference that stays", 0, 1, open_low=True)
 _DROP = Option("drop", "number", 0.5, "the probability of a number to be dropped", 0, 0.999999)
 _SEED = Option("seed", "whole number", 0, "of the mask", 0, 2**63)
 _SUMMED = Option("scale", "number", 0.3, "what the sum of the differences is multiplied by")
@@ -136,7 +137,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         "the average by how much each parent's own data care",
         frozenset({"fishers"}),
         (
-            Option("floor", "number", 1e-6, "the least Fisher information", _ABOVE_ZERO),
+            Option("floor", "number", 1e-6, "the least Fisher information", 0, open_low=True),
             Option("normalize", "yes or no", False, "divide each parent's by its norm"),
         ),
         survey=strategies.fisher_norms,
@@ -150,7 +151,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         "products of LoRA factors averaged, and factored again",
         options=(
             Option("rank", "whole number", 0, "of the result; 0: that of the first parent", 0, 2**31),
-            Option("alpha", "numbers", (), "of each parent, or of all; none: its rank", _ABOVE_ZERO),
+            Option("alpha", "numbers", (), "of each parent, or of all; none: its rank", 0, open_low=True),
         ),
         survey=strategies.lora_pairs,
         covers=lambda part: part.found is not None,

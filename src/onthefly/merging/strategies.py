@@ -99,14 +99,12 @@ def fisher_norms(parts: Iterable[Part], *, floor: float, normalize: bool) -> dic
     """The norm of each parent's Fisher information over the whole model, for `fisher`."""
     if not normalize:
         return {}
-    squares: list[list[float]] = []
-    names = []
+    names, totals = [], []
     for part in parts:
         names.append(part.name)
         if part.statistics is not None:
-            for piece in part.slices():
-                squares.append([_sum(_wide(tensor).square_()) for tensor in piece.statistics or ()])
-    norms = [math.sqrt(math.fsum(column)) for column in zip(*squares, strict=True)]
+            totals.append([_dot(tensor, tensor) for tensor in part.statistics])
+    norms = [math.sqrt(math.fsum(column)) for column in zip(*totals, strict=True)]
     if not all(0 < norm < math.inf for norm in norms):
         raise InvalidCommandError(
             f"the Fisher information of the parents has the norms {norms}: there is nothing to normalise by; "
@@ -158,7 +156,11 @@ def ties(part: Part, *, density: float, scale: float) -> Tensor:
 
 def ties_thresholds(parts: Iterable[Part], *, density: float, scale: float) -> dict[str, Any]:
     """The magnitude from which on `ties` keeps a difference: of every tensor, for each parent."""
-    return {part.name: _thresholds(part, density) for part in parts}
+    found = {}
+    for part in parts:
+        assert part.base is not None
+        found[part.name] = [_threshold(tensor, part.base, density) for tensor in part.parents]
+    return found
 
 
 def dare(part: Part, *, drop: float, scale: float, seed: int) -> Tensor:
@@ -169,14 +171,14 @@ def dare(part: Part, *, drop: float, scale: float, seed: int) -> Tensor:
     """
     assert part.base is not None
     base = _wide(part.base)
-    return _sum_of(_dropped(part, base, drop, seed), part.weights).mul_(scale).add_(base)
+    return _sum_of(_dropped(part, base, drop, seed), part.weights).mul_(scale / (1 - drop)).add_(base)
 
 
 def dare_ties(part: Part, *, drop: float, scale: float, seed: int) -> Tensor:
     """`dare` in place of the trimming of `ties`: for many fine-tunings with small differences that conflict (Yu et al. 2024)."""
     assert part.base is not None
     base = _wide(part.base)
-    return _elected_mean(list(_dropped(part, base, drop, seed)), part.weights).mul_(scale).add_(base)
+    return _elected_mean(list(_dropped(part, base, drop, seed)), part.weights).mul_(scale / (1 - drop)).add_(base)
 
 
 # -- two parents -----------------------------------------------------------------------------------------------
@@ -315,13 +317,16 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float64, copy=True)
 
 
-def _sum(values: Tensor) -> float:
-    """The sum of a flat float64 tensor, by halves. Uses its memory."""
-    while len(values) > 1:
-        half = len(values) // 2
-        values[:half] += values[len(values) - half :]
-        values = values[: len(values) - half]
-    return float(values[0]) if len(values) else 0.0
+def _dot(one: Tensor, other: Tensor) -> float:
+    """The sum of products: place by place over the slices, then by halves."""
+    total = torch.zeros(SLICE, dtype=torch.float64)
+    pair = Part("", (one, other), (1.0, 1.0))
+    for piece in pair.slices():
+        a, b = piece.parents
+        total[: len(a)] += _wide(a).mul_(_wide(b))
+    while len(total) > 1:
+        total = total[: len(total) // 2] + total[len(total) // 2 :]
+    return float(total)
 
 
 def _sum_of(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
@@ -343,41 +348,35 @@ def _magnitude(delta: Tensor) -> Tensor:
     return delta.abs().to(torch.float32)
 
 
-def _thresholds(part: Part, density: float) -> list[float]:
-    """For each parent the magnitude of rank ``density * numbers``, one parent's magnitudes in memory at a time."""
-    count = part.parents[0].numel()
-    return [
-        _threshold(part, parent, count - max(1, round(density * count)))
-        for parent in range(len(part.parents) if count else 0)
-    ]
-
-
-def _threshold(part: Part, parent: int, rank: int) -> float:
-    magnitudes = np.empty(part.parents[0].numel(), np.float32)
-    for piece in replace(part, parents=(part.parents[parent],)).slices():
+def _threshold(tensor: Tensor, base: Tensor, density: float) -> float:
+    """The magnitude of rank ``density * numbers`` in the difference of the two."""
+    if not tensor.numel():
+        return 0.0
+    magnitudes = np.empty(tensor.numel(), np.float32)
+    for piece in Part("", (tensor,), (1.0,), base).slices():
         assert piece.base is not None
-        (delta,) = _deltas(piece, _wide(piece.base))
+        delta = _wide(piece.parents[0]).sub_(_wide(piece.base))
         magnitudes[piece.begin : piece.begin + len(delta)] = _magnitude(delta).numpy()
+    rank = len(magnitudes) - max(1, round(density * len(magnitudes)))
     magnitudes.partition(rank)
     return float(magnitudes[rank])
 
 
 def _elected_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted mean of those that have the sign of the weighted sum; zero where that has none."""
-    weighted = [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
-    elected = _sum_of(weighted, [1.0] * len(weighted)).sign_()
+    """The weighted mean of those that have the sign of the weighted sum; zero where that has none. Uses their memory."""
+    elected = _sum_of((delta.clone() for delta in deltas), weights).sign_()
     total, mass = torch.zeros_like(elected), torch.zeros_like(elected)
     for delta, weight in zip(deltas, weights, strict=True):
-        agrees = (delta.sign() == elected).logical_and_(delta != 0)
-        total.add_((delta * weight).mul_(agrees))
-        mass.add_(agrees * weight)
+        share = (delta * elected > 0).to(torch.float64).mul_(weight)
+        mass.add_(share)
+        total.add_(delta.mul_(share))
     return total.div_(mass.masked_fill_(mass == 0, 1.0))
 
 
 def _dropped(part: Part, base: Tensor, drop: float, seed: int) -> Iterator[Tensor]:
     for parent, delta in enumerate(_deltas(part, base)):
         kept = _random_bits(f"{seed}/{parent}/{part.name}", part.begin, delta.numel()) >= round(drop * 2**32)
-        yield delta.mul_(torch.from_numpy(kept)).div_(1 - drop)
+        yield delta.mul_(torch.from_numpy(kept))
 
 
 def _random_bits(key: str, begin: int, count: int) -> np.ndarray:
@@ -390,11 +389,8 @@ def _random_bits(key: str, begin: int, count: int) -> np.ndarray:
 
 
 def _on_arc(part: Part, t: float) -> tuple[float, float]:
-    products: list[tuple[float, float, float]] = []
-    for piece in part.slices():
-        a, b = (_wide(tensor) for tensor in piece.parents)
-        products.append((_sum(a * b), _sum(a.square()), _sum(b.square())))
-    dot, first, second = (math.fsum(column) for column in zip(*products, strict=True)) if products else (0.0, 0.0, 0.0)
+    a, b = part.parents
+    dot, first, second = _dot(a, b), _dot(a, a), _dot(b, b)
     size = math.sqrt(first) * math.sqrt(second)
     cosine = dot / size if size else 1.0
     if not abs(cosine) <= _PARALLEL:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ from onthefly.checkpoints.format import Layout
 from onthefly.errors import CheckpointWriteError, InvalidCommandError
 from onthefly.merging.parents import Parent, open_parent
 from onthefly.merging.plan import Plan, planned
-from onthefly.merging.strategies import SLICE
+from onthefly.merging.strategies import SLICE, Part
+
+_THREADS = min(4, os.cpu_count() or 1)  # more than memory can feed gain nothing
 
 PathLike = str | os.PathLike[str]
 
@@ -105,12 +110,12 @@ def _write(plan: Plan, out: Path, slice_size: int, on_progress: Callable[[int, i
     header = _header(layout)
     hasher = blake3(header)
     offset, end = len(header), len(header) + layout.data_size
-    with replacing(out) as handle:
+    with replacing(out) as handle, ThreadPoolExecutor(_THREADS) as pool:
         if hasattr(os, "posix_fallocate"):  # a full disk is found out now, and not after an hour
             os.posix_fallocate(handle, 0, end)
         write_all(handle, memoryview(header), 0)
         for entry in layout.entries:
-            for piece in plan.pieces(entry.name, slice_size):
+            for piece in plan.pieces(entry.name, slice_size, partial(_ahead, pool)):
                 data = _bytes(piece)
                 hasher.update(data)
                 write_all(handle, data, offset)
@@ -118,6 +123,17 @@ def _write(plan: Plan, out: Path, slice_size: int, on_progress: Callable[[int, i
                 on_progress(offset - len(header), layout.data_size)
         assert offset == end
     return str(hasher.hexdigest()), end
+
+
+def _ahead(pool: ThreadPoolExecutor, merge: Callable[[Part], Tensor], slices: Iterable[Part]) -> Iterator[Tensor]:
+    """What `map` gives, some slices ahead of what is asked for: while one is written, the next are computed."""
+    waiting: deque[Future[Tensor]] = deque()
+    for piece in slices:
+        waiting.append(pool.submit(merge, piece))
+        if len(waiting) > 2 * _THREADS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _header(layout: Layout) -> bytes:
