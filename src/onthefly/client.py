@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from onthefly.exchange import Arrived, Exported
     from onthefly.fsck import Progress, Report
     from onthefly.garbage import Collection
+    from onthefly.remerging import MergeProof
     from onthefly.repairs import Repair
     from onthefly.run_comparison import RunDiff
     from onthefly.sample_values import Scanned
@@ -742,6 +743,16 @@ class Client:
         from onthefly import verification
 
         return verification.replay(self.plan(ref, to), self.store.scans_dir, timeout=timeout)
+
+    def verify_merge(self, run: str) -> MergeProof:
+        """Compute the merge that a run began from again, from its parents' checkpoints, and compare it bit by bit.
+
+        A difference is a result, not an error. Raises `UnknownReferenceError`, `CommandError` for a run that is no merge, and
+        `CheckpointError` when a parent, or what was measured of it, is gone or damaged.
+        """
+        from onthefly import remerging
+
+        return remerging.prove(self.store, self.run(run))
 
     def fsck(self, *, full: bool = True, progress: Progress | None = None) -> Report:
         """Look whether every recorded checkpoint is there with its content, and what else lies beside them. Changes nothing.

@@ -41,9 +41,10 @@ Kind = Literal[
     "edge",  # a parent that is not there, or that the manifest and the store name differently
     "selection",  # the samples that a run was begun on, missing or damaged
     "scan",  # per-sample values that are missing or damaged
+    "statistics",  # what was measured of a merge's parent, missing or damaged
 ]
 ERRORS: frozenset[Kind] = frozenset(
-    {"damaged", "replaced", "unreadable", "lost", "broken link", "manifest", "edge", "selection", "scan"}
+    {"damaged", "replaced", "unreadable", "lost", "broken link", "manifest", "edge", "selection", "scan", "statistics"}
 )
 """What makes a store unsound. All else is a note: nothing that was reported saved is missing."""
 LOST = "lost"

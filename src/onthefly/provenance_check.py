@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from onthefly.checkpoints import header
 from onthefly.errors import OnTheFlyError, said
 from onthefly.runs import manifest
 from onthefly.runs.lineage import Lineage
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from onthefly.store.queries import RunRow
     from onthefly.store.store import Store
 
-Kind = Literal["manifest", "edge", "selection", "scan"]
+Kind = Literal["manifest", "edge", "selection", "scan", "statistics"]
 Problem = tuple[Kind, str | None, Path, str]
 
 
@@ -36,7 +37,7 @@ def problems(store: Store, runs: list[RunRow], *, full: bool) -> Iterator[Proble
                     f"it begins from {parent} {content[:12]}, and no such checkpoint was ever recorded",
                 )
         if run.manifest is not None:
-            yield from _manifest(store, run, run.manifest)
+            yield from _manifest(store, run, run.manifest, full)
     for scan in queries.scans(store):
         if not scan.path.exists():
             yield "scan", scan.run, scan.path, "the file of a recorded scan is not there"
@@ -44,7 +45,7 @@ def problems(store: Store, runs: list[RunRow], *, full: bool) -> Iterator[Proble
             yield "scan", scan.run, scan.path, damage
 
 
-def _manifest(store: Store, run: RunRow, digest: str) -> Iterator[Problem]:
+def _manifest(store: Store, run: RunRow, digest: str, full: bool) -> Iterator[Problem]:
     path = store.manifests_dir / f"{digest[:16]}.json"
     try:
         found = manifest.read(path)
@@ -58,6 +59,10 @@ def _manifest(store: Store, run: RunRow, digest: str) -> Iterator[Problem]:
         yield "edge", run.name, path, "the manifest names other parents than the store does"
     if isinstance(found.selection, Mapping):
         yield from _selection(store, run, found.selection)
+    for measured in (found.merge or {}).get("statistics", ()):
+        path = store.statistics_dir / measured["file"]
+        if (damage := _altered(path, measured["hash"], full)) is not None:
+            yield "statistics", run.name, path, damage
 
 
 def _selection(store: Store, run: RunRow, told: Mapping[str, object]) -> Iterator[Problem]:
@@ -68,6 +73,17 @@ def _selection(store: Store, run: RunRow, told: Mapping[str, object]) -> Iterato
         find(store.scans_dir, digest)
     except OnTheFlyError as e:
         yield "selection", run.name, store.scans_dir / f"selection-{digest[:16]}.arrow", said(e)
+
+
+def _altered(path: Path, content: str, full: bool) -> str | None:
+    try:
+        with header.opened(path) as file:
+            found = header.parse(file, path)
+            if full:
+                header.check_bytes(file, found)
+    except OnTheFlyError as e:
+        return said(e)
+    return None if found.hash == content else "it has another content than the merge was computed with"
 
 
 def _unreadable(path: Path, content: str) -> str | None:

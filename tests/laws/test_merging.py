@@ -6,6 +6,7 @@ import torch
 from law_trainings import STATE, assert_same
 
 from onthefly.checkpoints.format import open_checkpoint
+from onthefly.errors import CorruptCheckpointError
 from onthefly.runs import manifest
 from onthefly.state.tree import unflatten
 
@@ -31,9 +32,9 @@ def branched(trainings, **program):
     return training, [parents["baseline"], parents["fork1"], {}]
 
 
-def model_of(row):
+def value_of(row):
     file = open_checkpoint(row.path)
-    return unflatten(file.tree, file.tensors)["model"]
+    return unflatten(file.tree, file.tensors)
 
 
 def test_a_preview_is_a_table_and_leaves_no_trace(trainings):
@@ -66,13 +67,23 @@ def test_a_preview_is_a_table_and_leaves_no_trace(trainings):
 
 def test_what_was_measured_of_a_parent_is_not_measured_again(trainings):
     training, parents = branched(trainings)
-    ids = [training.deliver("mergeRuns", parents=parents, strategies=["fisher"], floor=False) for _ in range(2)]
+    told = {"parents": parents, "strategies": ["fisher"], "floor": False}
+    ids = [training.deliver("mergeRuns", **told), training.deliver("mergeRuns", **told, commit="fisher")]
     training.go()
     first, again = (training.done(id) for id in ids)
     assert first["scores"] == again["scores"]
     training.end()
-    files = sorted(training.client.store.statistics_dir.iterdir())
+    client = training.client
+    files = sorted(client.store.statistics_dir.iterdir())
     assert len(files) == 3
+    assert client.verify_merge("merge1").equal
+    assert not client.fsck().errors
+    data = bytearray(files[0].read_bytes())
+    data[-1] ^= 1
+    files[0].write_bytes(data)
+    assert [finding.kind for finding in client.fsck().errors] == ["statistics"]
+    with pytest.raises(CorruptCheckpointError):
+        client.verify_merge("merge1")
 
 
 @pytest.mark.parametrize("kind", [{}, {"workers": 2}], ids=["here", "workers"])
@@ -95,9 +106,12 @@ def test_a_committed_merge_is_gone_on_with_exactly_though_its_process_is_killed(
     assert [parent for parent, _ in run.parents] == ["baseline", "fork1", "fork2"]
     origin = client.checkpoints("merge1")[0]
     assert (origin.hash, origin.reason, origin.step) == (result["hash"], "origin", 9)
+    # The forks were on some samples; a merge is on all.
+    assert value_of(origin)["loader"]["subset"] is not None
+    assert value_of(client.checkpoints("merge1")[-1])["loader"]["subset"] is None
     rows = {row.hash: row for row in client.checkpoints()}
-    models = [model_of(rows[content]) for _, content in run.parents]
-    merged = model_of(origin)
+    models = [value_of(rows[content])["model"] for _, content in run.parents]
+    merged = value_of(origin)["model"]
     for name in ("0.weight", "4.bias"):
         mean = sum(model[name].double() for model in models) / 3
         torch.testing.assert_close(merged[name], mean.float(), rtol=0, atol=0)
@@ -107,6 +121,10 @@ def test_a_committed_merge_is_gone_on_with_exactly_though_its_process_is_killed(
     assert found.merge["strategy"] == "swa"
     assert found.merge["preview"]["scores"].keys() >= {"baseline", "fork1", "fork2", "swa"}
     assert not client.fsck().errors
+
+    proof = client.verify_merge("merge1")
+    assert (proof.equal, proof.tensors, proof.recalibrated) == (True, 6, tuple(found.merge["recalibrated"]["buffers"]))
+    assert proof.parents == ("baseline@3", "fork1@5", "fork2@9")
 
 
 def test_a_merge_can_be_undone(trainings):

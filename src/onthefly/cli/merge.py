@@ -4,57 +4,189 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from onthefly.cli import options, render
-from onthefly.errors import InvalidCommandError
+from onthefly.cli import merge_table, options, render
+from onthefly.cli.steer import say
+from onthefly.errors import CommandError, InvalidCommandError
 
 if TYPE_CHECKING:
     from onthefly.merging.streaming import Merged
 
-_FILE = click.Path(path_type=Path)
+_OF_FILES = {"fishers": "--fisher", "grams": "--gram", "only": "--only", "force": "--force"}
+_LONG = 24 * 3600.0  # seconds: a merge is as long as its parents are large
 
 
-@click.command("merge", short_help="Merge models in files into one.")
-@click.argument("parents", nargs=-1, required=True, type=_FILE, metavar="PARENT...")
-@click.option("--strategy", default="swa", show_default=True, metavar="NAME", help="How.")
-@click.option("--out", required=True, type=_FILE, metavar="FILE", help="The new file, .safetensors.")
-@click.option("--base", type=_FILE, metavar="FILE", help="What the parents were fine-tuned from.")
+@click.command("merge", short_help="Merge runs in the live session, or models in files.")
+@click.argument("parents", nargs=-1, required=True, metavar="PARENT...")
+@click.option(
+    "--strategy",
+    "strategies",
+    multiple=True,
+    default=("swa",),
+    show_default=True,
+    metavar="NAME",
+    help="How; several, or all.",
+)
+@click.option("--base", metavar="REF|FILE", help="What the parents come from. Default: where the runs' lines part.")
 @click.option("--weights", metavar="LIST", help="A weight for each parent: 1,2.")
-@click.option("--fisher", "fishers", multiple=True, type=_FILE, metavar="FILE", help="A parent's Fisher information.")
-@click.option("--gram", "grams", multiple=True, type=_FILE, metavar="FILE", help="A parent's Gram matrices.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of the strategy: density=0.2.")
-@click.option("--only", metavar="NAME", help="Of checkpoints: which model, when there are several.")
-@click.option("--force", is_flag=True, help="Replace a file that is there already.")
-@options.as_json
-def merge_command(
-    parents: tuple[Path, ...],
-    strategy: str,
-    out: Path,
-    base: Path | None,
-    weights: str | None,
-    fishers: tuple[Path, ...],
-    grams: tuple[Path, ...],
-    settings: tuple[str, ...],
-    only: str | None,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Merge the models in the files PARENT... into one: checkpoints, or state dicts in .safetensors or .pt.
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of the strategies: density=0.2."
+)
+@click.option("--commit", metavar="best|NAME", help="Go on with the best, or with what this strategy made.")
+@click.option("--no-floor", is_flag=True, help="Commit it even if it is worse than the best parent.")
+@click.option(
+    "--data", type=click.Choice(["val", "test"]), default="val", show_default=True, help="The data that judge."
+)
+@click.option("--slice", "slices", multiple=True, metavar="NAME=EXPRESSION", help="A row more: samples of those data.")
+@click.option("--judge", metavar="ROW", help="The row that decides. Default: all of the data.")
+@click.option(
+    "--metric", type=click.Choice(["loss", "accuracy"]), help="What decides. Default: accuracy, where there is one."
+)
+@click.option("--name", help="Name of the new run. Default: merge1, merge2, ...")
+@click.option(
+    "--optimizer",
+    type=click.Choice(["reset", "first", "average"]),
+    default="reset",
+    show_default=True,
+    help="Its state after the merge.",
+)
+@click.option(
+    "--warmup",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="STEPS",
+    help="The learning rate rises again over so many.",
+)
+@click.option(
+    "--recalibrate",
+    type=click.IntRange(min=0),
+    default=2048,
+    show_default=True,
+    metavar="SAMPLES",
+    help="Train samples that batch-norm statistics are estimated on.",
+)
+@click.option(
+    "--true-fisher", is_flag=True, help="Fisher information by the models' own labels, not by those of the data."
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Samples that statistics are of.",
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Merge files into this one, .safetensors.")
+@click.option("--fisher", "fishers", multiple=True, metavar="FILE", help="With --out: a parent's Fisher information.")
+@click.option("--gram", "grams", multiple=True, metavar="FILE", help="With --out: a parent's Gram matrices.")
+@click.option("--only", metavar="NAME", help="With --out: which model of a checkpoint, when there are several.")
+@click.option("--force", is_flag=True, help="With --out: replace a file that is there already.")
+@options.delivery
+@click.pass_context
+def merge_command(ctx: click.Context, /, parents: tuple[str, ...], out: Path | None, **given: Any) -> None:
+    """Merge the checkpoints that each PARENT, a REF, names, in models of their own beside the live one, and show how good they are on
+    each slice of data. With --commit the session goes on with one of them, as a new run.
 
-    No session and no store is needed, and memory does not grow with the models. Strategies: swa, weighted (--weights), fisher
-    (--fisher for each parent), adapter, lora, task_arithmetic, ties, dare and dare_ties (--base), slerp, regmean (--gram for each
-    parent). Their options, given by --set, are in docs/merging.md.
+    \b
+      onthefly merge baseline fork1 fork2 --strategy all
+      onthefly merge baseline fork1 fork2 --strategy fisher --commit best --warmup 20
+      onthefly merge a.safetensors b.safetensors --strategy ties --base base.safetensors --out merged.safetensors
+
+    With --out each PARENT is a file: a checkpoint, or a state dict in .safetensors or .pt. That needs no session and no
+    store, and memory does not grow with the models.
+
+    Strategies: swa, weighted (--weights), fisher, adapter, lora, task_arithmetic, ties, dare, dare_ties, slerp, regmean, and in
+    a session greedy. docs/merging.md says when to use which, and what options they take.
     """
-    found = merge_of_files(parents, strategy, out, base, weights, fishers, grams, settings, only, force)
+    typed = {name for name in given if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    if out is not None:
+        _refuse(
+            typed - {*_OF_FILES, "strategies", "base", "weights", "settings", "as_json"},
+            "of a merge in a session, without --out",
+        )
+        _merge_files(parents, out, given)
+        return
+    _refuse(typed & _OF_FILES.keys(), "of a merge of files: give --out FILE, too")
+    if "timeout" not in typed:
+        given["timeout"] = _LONG
+    as_json, store, floor = given.pop("as_json"), given.pop("store"), not given.pop("no_floor")
+    how = options.how(given)
+    slices = dict(_slice(text) for text in given.pop("slices"))
+    settings, weights = read_settings(given.pop("settings")), read_weights(given.pop("weights"))
+    fisher = "true" if given.pop("true_fisher") else "empirical"
+    strategies = list(given.pop("strategies"))
+    for name in _OF_FILES:
+        given.pop(name)
+    with options.connect(store) as client:
+        result = client.merge(
+            parents,
+            strategies,
+            options=settings,
+            weights=weights,
+            slices=slices,
+            floor=floor,
+            fisher=fisher,
+            **given,
+            **how,
+        )
     if as_json:
+        click.echo(render.document(result))
+    elif "scores" not in result:
+        say(
+            "merged",
+            {k: v for k, v in result.items() if k in ("id", "status", "run", "from", "path", "hash", "step")},
+            False,
+        )
+    else:
+        click.echo(merge_table.preview(result))
+        if result["committed"]:
+            shown = {key: result[key] for key in ("step", "run", "from", "path", "hash")}
+            say(f"committed {result['committed']}", shown, False)
+    if result.get("refused"):
+        raise CommandError(result["refused"])
+
+
+def _merge_files(parents: Sequence[str], out: Path, given: dict[str, Any]) -> None:
+    if len(given["strategies"]) != 1:
+        raise InvalidCommandError("files are merged by one --strategy")
+    base = None if given["base"] is None else Path(given["base"])
+    found = merge_of_files(
+        [Path(parent) for parent in parents],
+        given["strategies"][0],
+        out,
+        base,
+        given["weights"],
+        [Path(path) for path in given["fishers"]],
+        [Path(path) for path in given["grams"]],
+        given["settings"],
+        given["only"],
+        given["force"],
+    )
+    if given["as_json"]:
         click.echo(render.document(found))
         return
     for warning in found.warnings:
         click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {warning}", err=True)
     click.echo(merged_text(found))
+
+
+def _refuse(names: set[str], what: str) -> None:
+    if names:
+        words = ", ".join(
+            f"--{name.replace('_', '-')}" for name in sorted(_OF_FILES.get(name, name).strip("-") for name in names)
+        )
+        raise InvalidCommandError(f"{words}: {what}")
+
+
+def _slice(text: str) -> tuple[str, str]:
+    name, sign, expression = text.partition("=")
+    if not name.strip() or not sign:
+        raise InvalidCommandError(f"--slice takes NAME=EXPRESSION, such as 'hard=top(loss, 50)', not {text!r}")
+    return name.strip(), expression
 
 
 def merge_of_files(

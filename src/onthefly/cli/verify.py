@@ -12,6 +12,7 @@ from onthefly.cli import options, render
 from onthefly.errors import InexactError
 
 if TYPE_CHECKING:
+    from onthefly.remerging import MergeProof
     from onthefly.verification import Plan, Verification
 
 
@@ -27,10 +28,18 @@ def verify_command(ref: str | None, to: str | None, timeout: float | None, store
 
     A run that began from another's checkpoint (a fork, a rewind, a reset) is proved from there: its first checkpoint is the end
     of that stretch. Without REF it is the newest stretch of the store. When they differ it says in what, and the exit code is 8.
+
+    For a run that began from a merge, REF being its name alone, the merge is computed again from its parents.
     """
     from onthefly import verification
 
     with options.connect(store) as client:
+        if to is None and any(run.name == ref and run.kind == "merge" for run in client.runs()):
+            proof = client.verify_merge(str(ref))
+            click.echo(render.document(proof) if as_json else merge_text(proof))
+            if not proof.equal:
+                click.get_current_context().exit(InexactError.exit_code)
+            return
         plan, scans = client.plan(ref, to), client.store.scans_dir
     waiting = nullcontext() if as_json else _waiting(plan)
     with options.leaving_in_order(), waiting:
@@ -57,6 +66,23 @@ def text(found: Verification) -> str:
     lines += [f"  {line}" for line in found.differences]
     lines += ["likely causes:", *(f"  {line}" for line in found.causes)]
     return "\n".join(lines)
+
+
+def merge_text(proof: MergeProof) -> str:
+    """The verdict on a merge that was computed again."""
+    lines = [
+        f"{proof.run}: {proof.strategy} of {', '.join(proof.parents)}, computed again",
+        f"committed as  {proof.hash}",
+    ]
+    if proof.recalibrated:
+        lines.append(
+            f"estimated on data after the merge, and not compared: {len(proof.recalibrated)} batch-norm buffers"
+        )
+    if proof.equal:
+        return "\n".join([*lines, click.style(f"{proof.tensors} tensors equal, bit for bit", fg="green", bold=True)])
+    return "\n".join(
+        [*lines, click.style("not equal", fg="red", bold=True), *(f"  {line}" for line in proof.differences)]
+    )
 
 
 def _waiting(plan: Plan) -> AbstractContextManager[Any]:

@@ -165,9 +165,14 @@ class Branches:
         return {"loaded": str(path), "hash": file.hash, "step": step, "epoch": epoch, "run": line.run}
 
     def merge(
-        self, value: Value, parents: Sequence[tuple[str, Kept]], how: Mapping[str, Any], name: str | None
+        self,
+        value: Value,
+        parents: Sequence[tuple[str, Kept]],
+        how: Mapping[str, Any],
+        name: str | None,
+        born: Sequence[Change],
     ) -> Result:
-        """Go on as a new run from a state of this boundary that was made of the parents' (run, checkpoint).
+        """Go on as a new run from a state of this boundary that was made of the parents' (run, checkpoint), after changes to it.
 
         It is durable before anything changes. Raises `CheckpointError`, `StateMismatchError` and `StoreError` with everything
         as it was.
@@ -183,13 +188,13 @@ class Branches:
         except OnTheFlyError:
             self._history.run_status("failed", line.run)
             raise
-        self._put_back(value, file)
-        self._begins(line.run, "merge", kept, parents, None, [], how)
+        ready = self._put_back(value, file)
+        self._begins(line.run, "merge", kept, parents, None, born, how)
         names = [run for run, _ in parents]
         self._go_to(line, [], "merge", before, [kept], kind="merge", parents=names, hash=kept.hash)
         self._settle_statuses(left)
         self._checkpointer.adopt(kept)
-        self._birth = []
+        self._give_birth(born, ready)
         return {"run": line.run, "from": left, "parents": names, "path": str(kept.path), "hash": kept.hash}
 
     def switch(self, name: str, *, reason: str = "switch") -> Result:

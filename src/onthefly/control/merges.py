@@ -1,4 +1,5 @@
-"""Merging in a live session: candidates are made from files, judged one at a time, and only then is one of them gone on with.
+"""Merging in a live session: candidates are made from files, judged one at a time, and only then is one of them gone on with,
+on all of the data.
 
 Training stands meanwhile. Until a merge is committed nothing of it is left, but what was measured of the parents, which
 stands in the store under the hash of the checkpoint that it is of.
@@ -306,7 +307,7 @@ class Merges:
         )
         how = {
             "strategy": name,
-            "options": options,
+            "options": {key: list(v) if isinstance(v, tuple) else v for key, v in told.options.items()},
             "weights": weights,
             "base": base.kept.hash if base is not None and "base" in strategy.needs else None,
             "statistics": files,
@@ -420,7 +421,8 @@ class Merges:
         preview = {key: preview[key] for key in ("scores", "judge", "metric") if key in preview}
         policies = {"optimizer": command.optimizer, "warmup": command.warmup, "part": self._part()}
         how = {**chosen.how, **policies, "preview": preview}
-        return self._branches.merge(value, [(m.run, m.kept) for m in members], how, command.name)
+        born = [] if entry(value, "loader/subset") is None else [commands.Subset(recipe=None, selection=None)]
+        return self._branches.merge(value, [(m.run, m.kept) for m in members], how, command.name, born)
 
     def _composed(self, command: commands.MergeRuns, members: Sequence[_Member], chosen: _Candidate) -> Value:
         """The present state with the merged model in it."""
