@@ -185,13 +185,15 @@ def children(client: Any, rounds: int) -> Iterator[tuple[float, float, float, fl
         time.sleep(0.1)
     length = child(client, 0)[1]
     for number in range(1, rounds + 1):
-        time.sleep(3 * length + 3)  # two windows before the next one, of about as long
+        window = length
+        time.sleep(2 * window + 3)
         started, length = child(client, number)
+        window = min(window, length)
         series = client.series("baseline", "seconds")
         means = []
         # What the fork itself takes of its parent, the checkpoint above all, comes before its child's start.
-        for first in (started - 2 - 2 * length, started - 2 - length, started):
-            inside = (series.times >= first) & (series.times < first + length)
+        for first in (started - 2 - 2 * window, started - 2 - window, started):
+            inside = (series.times >= first) & (series.times < first + window)
             means.append(float(np.mean(series.values[inside])))
         yield means[0], means[1], means[2], length
 
@@ -212,7 +214,7 @@ def child(client: Any, number: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--children", type=int, default=5)
+    parser.add_argument("--children", type=int, default=3)
     parser.add_argument("--train", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
