@@ -150,10 +150,17 @@ def tables(kind: str, noise: float, seeds: list[dict[str, Any]]) -> str:
             less = [seed[arm][figure] - seed[ALL][figure] for seed in seeds]
             row.append("" if arm == ALL else shown(less, sign=True))
         rows.append(row)
+    pairs = []
+    for arm in (arm for arm in seeds[0] if arm.startswith("noise-aware")):
+        for other in (arm.replace("noise-aware hard", word) for word in ("top loss", "random")):
+            less = [[seed[arm][f] - seed[other][f] for seed in seeds] for f in ("overall", "hard")]
+            pairs.append([arm, other, *(shown(differences, sign=True) for differences in less)])
     head = ["trained on", "samples", "flipped", "accuracy", "less that on all", "on the hard slice", "less that on all"]
     warned = {a: sum(s[a]["warned"] for s in seeds) for a in seeds[0] if "warned" in seeds[0][a]}
     said = ", ".join(f"{arm} in {count:.0f} of {len(seeds)}" for arm, count in warned.items() if count) or "never"
-    return f"**{kind}, {noise:.0%} of the train labels flipped**\n\n{table(head, rows)}\n\nThe fork warned of label errors: {said}.\n"
+    title = f"**{kind}, {noise:.0%} of the train labels flipped**"
+    compared = table(["arm", "less", "accuracy", "on the hard slice"], pairs)
+    return f"{title}\n\n{table(head, rows)}\n\n{compared}\n\nThe fork warned of label errors: {said}.\n"
 
 
 def main() -> None:
