@@ -41,7 +41,12 @@ def training(store: Path) -> tuple[nn.Module, Any, DataLoader[Any], onthefly.Ses
     dataset = TensorDataset(torch.randn(SAMPLES, WIDTH), torch.randint(10, (SAMPLES,)))
     loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=WORKERS)
     config = onthefly.SessionConfig(
-        store=store, ckpt_every_minutes=None, ckpt_every_epoch=False, max_epochs=10**6, handle_signals=False
+        store=store,
+        ckpt_every_minutes=None,
+        ckpt_every_epoch=False,
+        ckpt_keep=1,
+        max_epochs=10**6,
+        handle_signals=False,
     )
     return model, optimizer, loader, onthefly.attach(model, optimizer, train_loader=loader, config=config)
 
@@ -80,6 +85,7 @@ def in_place(report: Report, folder: Path, rounds: int) -> None:
         return taken
 
     forks, stalls, starts, again, allowed = [], [], [], [], []
+    runs: list[str] = []
     with session, onthefly.connect(folder) as client:
         step()
         report.note("parameters", sum(p.numel() for p in model.parameters()))
@@ -97,7 +103,9 @@ def in_place(report: Report, folder: Path, rounds: int) -> None:
             batch = next(batches)
             forks.append(time.perf_counter() - began)
             trained(model, optimizer, batch)
-            complete(client, answered(client, asked))
+            runs.append(complete(client, answered(client, asked)))
+            if len(runs) > 2:
+                client.remove_run(runs.pop(0))  # the disk would fill: each fork's beginning stays
             steps += mine
             allowed.append(3 * statistics.median(mine) + stalls[-1] + starts[-1])
     forks, stalls, starts, again, allowed = (
@@ -133,14 +141,15 @@ def answered(client: Any, command: str) -> dict[str, Any]:
     return dict(row.result)
 
 
-def complete(client: Any, told: dict[str, Any]) -> None:
-    """The hash has landed: the manifest must be whole, and name it."""
+def complete(client: Any, told: dict[str, Any]) -> str:
+    """The hash has landed: the manifest must be whole, and name it. Gives the run's name."""
     run = client.run(told["run"])
     found = manifest.read(client.store.manifests_dir / f"{run.manifest[:16]}.json")
     assert found.digest == run.manifest
     assert [parent.hash for parent in found.parents] == [told["hash"]]
     assert found.selection["count"] == told["samples"]
     assert run.parents[0][1] == told["hash"]
+    return run.name
 
 
 # -- beside -----------------------------------------------------------------------------------------------------------
