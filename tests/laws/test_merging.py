@@ -15,11 +15,10 @@ OTHERS = {"select": "indices", "indices": [0, 4, 6, 7, 9, 10, 11, 12, 14, 15, 16
 
 
 def branched(trainings, **program):
-    """A training that stands in step 9 of fork2, which left baseline in step 3 as fork1 did; and its parents by name."""
+    """A training that stands in step 9 of fork2; and its parents. fork1 left baseline in step 3, fork2 in step 5."""
     training = trainings.start(stops=(3, 5, 7, 9), epochs=4, **program)
     training.go_on(3, "forkRun", recipe=SAMPLES)
     training.go_on(5, "switchRun", run="baseline")
-    # Back at step 3, whose batches come once more.
     training.go_on(5, "forkRun", recipe=OTHERS)
     training.at(7).go().at(9)
     rows = training.client.checkpoints()
@@ -124,7 +123,7 @@ def test_a_committed_merge_is_gone_on_with_exactly_though_its_process_is_killed(
 
     proof = client.verify_merge("merge1")
     assert (proof.equal, proof.tensors, proof.recalibrated) == (True, 6, tuple(found.merge["recalibrated"]["buffers"]))
-    assert proof.parents == ("baseline@3", "fork1@5", "fork2@9")
+    assert proof.parents == ("baseline@5", "fork1@5", "fork2@9")
 
 
 def test_a_merge_can_be_undone(trainings):
