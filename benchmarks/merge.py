@@ -1,7 +1,8 @@
-"""Memory and time of merges of files: every case in a process of its own, beside reading the parents and writing the result.
+"""Memory and time of merges of files: every case in a process of its own, beside plain I/O.
 
 The parents' files are written first and are in the page cache where they fit in it. Plain I/O is one buffer of 1 MiB that every
-parent is read into, and from which as many bytes as the result has are written, synced, and read back from nowhere.
+parent is read into, and from which as many bytes as the result has are written and synced. Anonymous memory is over that of the
+process before the merge.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -104,27 +106,28 @@ def plain(inputs: list[Path], out: Path, size: int) -> None:
     out.unlink()
 
 
-def child(folder: Path, strategy: str, parents: int, threads: int) -> None:
+def child(folder: Path, strategy: str, parents: int, rounds: int) -> None:
     """One case: a merge that is measured in memory, then the same in turns with plain I/O."""
-    torch.set_num_threads(threads)
     options = given(folder, strategy, parents)
     inputs = [*options["parents"], *options.get("statistics", []), *([options["base"]] if "base" in options else [])]  # type: ignore[misc]
     torch.zeros(2**16).double().sum()  # what torch sets up once
     base, peak = rss(), Peak()
     peak.start()
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), time.process_time()
     size = merge_files(**options).size  # type: ignore[arg-type]
-    times = {"first": time.perf_counter() - began, "merge": [], "plain": []}
+    times = {"first": time.perf_counter() - began, "merge": [], "plain": [], "again": []}
     peak.end()
-    for _ in range(3):
+    times["cpu"] = time.process_time() - spent
+    for _ in range(rounds):
         times["plain"].append(seconds(lambda: plain(inputs, folder / "plain", size)))
+        times["again"].append(seconds(lambda: plain(inputs, folder / "plain", size)))
         times["merge"].append(seconds(lambda: merge_files(**options, force=True)))  # type: ignore[arg-type]
     Path(options["out"]).unlink()  # type: ignore[arg-type]
     print(json.dumps({"anonymous": peak.anonymous - base[0], "mapped": peak.mapped - base[1], **times}))
 
 
-def measured(folder: Path, strategy: str, parents: int, threads: int) -> dict[str, list[float]]:
-    words = [sys.executable, __file__, "--case", str(folder), strategy, str(parents), str(threads)]
+def measured(folder: Path, strategy: str, parents: int, rounds: int) -> dict[str, list[float]]:
+    words = [sys.executable, __file__, "--case", str(folder), strategy, str(parents), str(rounds)]
     return json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -133,7 +136,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=100_000_000)
     parser.add_argument("--parents", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--strategies", nargs="+", default=["swa", "ties", "dare", "slerp"], choices=_PLAIN)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", help="where to write (a real disk: tmpfs is memory)")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -148,14 +151,16 @@ def main() -> None:
             save_file({n: t.square() for n, t in model(options.parameters, 0).items()}, folder / "fisher.safetensors")
         for strategy in options.strategies:
             for parents in options.parents if strategy != "slerp" else [2]:
-                found = measured(folder, strategy, parents, options.threads)
+                found = measured(folder, strategy, parents, options.rounds)
                 label = f"{strategy}, {parents} parents"
                 largest = max(_SLICE, options.parameters // 10 * 4 / _MIB)
                 report.judge(f"{label}: memory", found["anonymous"] / _MIB, (parents + 2) * largest + 100, "MiB")
                 report.note(f"{label}: file-backed pages", found["mapped"] / _MIB, "MiB")
                 report.judge(f"{label}: time / plain I/O", ratio(found["merge"], found["plain"]).median, 1.5)
-                report.note(f"{label}: plain I/O", sorted(found["plain"])[1], "s")
-                report.note(f"{label}: A/A ratio of plain I/O", found["plain"][0] / found["plain"][1])
+                report.note(f"{label}: CPU of a merge, all threads", found["cpu"], "s")
+                report.note(f"{label}: merge", statistics.median(found["merge"]), "s")
+                report.note(f"{label}: plain I/O", statistics.median(found["plain"]), "s")
+                report.note(f"{label}: A/A ratio of plain I/O", ratio(found["again"], found["plain"]))
     report.end()
 
 

@@ -123,6 +123,23 @@ def test_slices_and_threads_do_not_matter(strategy):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weight", "base", "statistics"])
+@pytest.mark.parametrize(
+    "strategy", [one for one in STRATEGIES if one.name not in ("lora", "adapter")], ids=lambda one: one.name
+)
+def test_no_number_that_is_not_finite_goes_unnoticed(strategy, where, value):
+    count = strategy.parents or 3
+    states, given = drawn(3, count), needs(strategy, count)
+    if where != "weight" and where not in given:
+        return
+    target = {"weight": states[1:], "base": [given.get("base")], "statistics": given.get("statistics", [])[1:]}[where]
+    target[0]["weight"][3, 4] = value
+    who = {"weight": "model 1", "base": "the base", "statistics": "the statistics of model 1"}[where]
+    with pytest.raises(InvalidCommandError, match=f"^{who}: weight has numbers that are NaN or infinite"):
+        merged(states, strategy.name, **given)
+
+
 # -- one by one ------------------------------------------------------------------------------------------------
 
 

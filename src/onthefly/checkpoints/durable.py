@@ -6,6 +6,7 @@ it, so that what a killed process left behind can be told from what is being wri
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -64,6 +65,16 @@ def write_all(handle: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(handle, data, offset)
         data, offset = data[written:], offset + written
+
+
+def reserve(handle: int, size: int) -> None:
+    """Take the space for a file of this size, where the file system can: a full disk is found out at once. Raises `OSError`."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(handle, 0, size)
+        except OSError as e:
+            if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
 
 
 def remove_stray(folder: Path) -> list[Path]:

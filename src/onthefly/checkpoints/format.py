@@ -26,7 +26,7 @@ import torch
 from blake3 import blake3
 
 from onthefly.checkpoints.aside import Aside, Buffers
-from onthefly.checkpoints.durable import replacing, write_all
+from onthefly.checkpoints.durable import replacing, reserve, write_all
 from onthefly.checkpoints.header import (
     ALIGNMENT,
     DIGITS,
@@ -224,12 +224,7 @@ class _File:
         if _O_DIRECT:
             with suppress(OSError):  # tmpfs, for one
                 self._set_direct(True)
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(handle, 0, size)
-            except OSError as e:
-                if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                    raise
+        reserve(handle, size)
 
     def write(self, buffer: memoryview, used: int, offset: int) -> None:
         if self._direct:

@@ -74,7 +74,7 @@ class Plan:
         return self._stored(piece, self.strategy.merge(piece, **self.options), dtype)
 
     def _stored(self, part: Part, result: Tensor, dtype: torch.dtype) -> Tensor:
-        """The result in its dtype. What is not finite in a parent is not in the result, so the parents are looked at only then."""
+        """The result in its dtype. It is not finite where a parent is not: only then the parents are looked at."""
         stored = result.to(dtype.to_real())
         if not _is_finite(stored):
             self._check(part)

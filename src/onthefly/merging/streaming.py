@@ -17,7 +17,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from onthefly.checkpoints.durable import replacing, write_all
+from onthefly.checkpoints.durable import replacing, reserve, write_all
 from onthefly.checkpoints.format import Layout
 from onthefly.errors import CheckpointWriteError, InvalidCommandError
 from onthefly.merging.parents import Parent, open_parent
@@ -111,8 +111,7 @@ def _write(plan: Plan, out: Path, slice_size: int, on_progress: Callable[[int, i
     hasher = blake3(header)
     offset, end = len(header), len(header) + layout.data_size
     with replacing(out) as handle, ThreadPoolExecutor(_THREADS) as pool:
-        if hasattr(os, "posix_fallocate"):  # a full disk is found out now, and not after an hour
-            os.posix_fallocate(handle, 0, end)
+        reserve(handle, end)
         write_all(handle, memoryview(header), 0)
         for entry in layout.entries:
             for piece in plan.pieces(entry.name, slice_size, partial(_ahead, pool)):
