@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from onthefly.checkpoints.format import open_checkpoint, write
 from onthefly.checkpoints.weights import entry, value_of
@@ -38,30 +37,26 @@ from onthefly.errors import (
     said,
 )
 from onthefly.merging import optimizers
+from onthefly.merging.bench import Bench, Tensors
 from onthefly.merging.explain import compare, linear_path
 from onthefly.merging.fisher import diagonal_fisher
 from onthefly.merging.grams import gram_matrices
 from onthefly.merging.parents import Parent, open_parent
-from onthefly.merging.preview import Preview, Scores, class_rows, score
-from onthefly.merging.recalibrate import recalibrate
+from onthefly.merging.preview import Preview, Scores
 from onthefly.merging.registry import STRATEGIES, Strategy, strategy_named
 from onthefly.merging.strategies import greedy
 from onthefly.merging.streaming import Merged, merge_files
-from onthefly.samples import recipes, selectors
 from onthefly.samples.loading import batches
-from onthefly.samples.scan import PerSampleLoss, ScanStopped, per_sample_loss, scan
+from onthefly.samples.scan import ScanStopped, per_sample_loss
 from onthefly.state.knobs import Knobs
-from onthefly.state.parts import check_tensor, plain_names, unwrapped
 from onthefly.state.train_state import TrainState, Value
 from onthefly.state.undisturbed import undisturbed
 from onthefly.store import queries
 from onthefly.store.projection import project
 
 Result = dict[str, Any]
-Tensors = dict[str, torch.Tensor]
 
 GREEDY = "greedy"
-_SEED = 0xB1E4D  # of the choice of samples that statistics are taken of
 
 
 @dataclass(frozen=True)
@@ -201,14 +196,13 @@ class Merges:
 
     # -- judging -----------------------------------------------------------------------------------------------
 
-    def _bench(self, command: commands.MergeRuns, members: Sequence[_Member]) -> _Bench:
+    def _bench(self, command: commands.MergeRuns, members: Sequence[_Member]) -> Bench:
         assert self._inputs.model_factory is not None
         live = self._sampling.model()
         fresh = self._inputs.model_factory()
         fresh.to(next((p.device for p in live.parameters()), torch.device("cpu")))
-        _check_like(fresh, live)
         given = self._inputs
-        return _Bench(
+        bench = Bench(
             model=fresh,
             data=self._judges(command),
             train=given.train_loader,
@@ -220,9 +214,14 @@ class Merges:
             subsets={f"{m.label}'s samples": m.samples for m in members if m.samples is not None},
             recalibrate=command.recalibrate,
         )
+        try:
+            bench.load(_entry(self._state.capture(), self._part()))
+        except StateMismatchError as e:
+            raise StateMismatchError(f"model_factory makes another model than the one that is trained: {e}") from e
+        return bench
 
     def _previewed(
-        self, command: commands.MergeRuns, members: Sequence[_Member], made: Sequence[_Candidate], bench: _Bench
+        self, command: commands.MergeRuns, members: Sequence[_Member], made: Sequence[_Candidate], bench: Bench
     ) -> Preview | None:
         if bench.data is None:
             return None
@@ -244,7 +243,7 @@ class Merges:
         labels = tuple(member.label for member in members)
         return Preview(labels, tuple(c.name for c in made), scores, judge, metric)  # type: ignore[arg-type]
 
-    def _explained(self, members: Sequence[_Member], base: _Member | None, bench: _Bench) -> Result:
+    def _explained(self, members: Sequence[_Member], base: _Member | None, bench: Bench) -> Result:
         """Why a merge works or does not: how parents stand to each other, and the loss on the way between them."""
         tensors = [self._tensors(member) for member in members]
         found = [asdict(one) for one in compare(tensors, None if base is None else self._tensors(base))]
@@ -266,7 +265,7 @@ class Merges:
         skipped: Mapping[str, str],
         members: Sequence[_Member],
         base: _Member | None,
-        bench: _Bench,
+        bench: Bench,
     ) -> tuple[list[_Candidate], dict[str, str]]:
         made, skips = [], dict(skipped)
         for name in names:
@@ -289,7 +288,7 @@ class Merges:
         name: str,
         members: Sequence[_Member],
         base: _Member | None,
-        bench: _Bench,
+        bench: Bench,
     ) -> _Candidate:
         if name == GREEDY:
             return self._soup(command, members, bench)
@@ -327,7 +326,7 @@ class Merges:
         finally:
             out.unlink()
 
-    def _soup(self, command: commands.MergeRuns, members: Sequence[_Member], bench: _Bench) -> _Candidate:
+    def _soup(self, command: commands.MergeRuns, members: Sequence[_Member], bench: Bench) -> _Candidate:
         """The greedy soup: the average of those parents that make it better."""
         if bench.data is None:
             raise MissingPartError("a greedy soup is chosen by validation data: pass a val_loader to attach")
@@ -354,7 +353,7 @@ class Merges:
             return self._tensors(members[0])
         return self._merged([self._parent(member) for member in members], "swa")[1]
 
-    def _calibrated(self, candidate: _Candidate, bench: _Bench, *, averaged: bool = True) -> _Candidate:
+    def _calibrated(self, candidate: _Candidate, bench: Bench, *, averaged: bool = True) -> _Candidate:
         if averaged and bench.recalibrate and bench.train is not None:
             bench.load(candidate.tensors)
             candidate.buffers = bench.recalibrated()
@@ -363,7 +362,7 @@ class Merges:
         return candidate
 
     def _statistics(
-        self, strategy: Strategy, command: commands.MergeRuns, members: Sequence[_Member], bench: _Bench
+        self, strategy: Strategy, command: commands.MergeRuns, members: Sequence[_Member], bench: Bench
     ) -> tuple[list[Parent] | None, list[dict[str, str]]]:
         """What a strategy needs to know of each parent's own data, and under which hashes it stands."""
         need = next((need for need in ("fishers", "grams") if need in strategy.needs), None)
@@ -378,7 +377,7 @@ class Merges:
             files.append({"file": path.name, "hash": file.hash})
         return found, files
 
-    def _measured(self, need: str, command: commands.MergeRuns, member: _Member, bench: _Bench) -> Path:
+    def _measured(self, need: str, command: commands.MergeRuns, member: _Member, bench: Bench) -> Path:
         """The file with a parent's statistics. What was measured of a state once is not measured again."""
         kind = f"fisher-{command.fisher}" if need == "fishers" else need
         folder = self._start.store.statistics_dir
@@ -463,91 +462,6 @@ class Merges:
         return rows[-1].hash if rows else ""
 
 
-class _Bench:
-    """Where models are judged: a model of its own that is given the weights of each, one after the other."""
-
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        data: Any,
-        train: Any,
-        losses: PerSampleLoss,
-        autocast: Callable[[], AbstractContextManager[Any]],
-        on_batch: Callable[[int, int], None],
-        whole: str,
-        named: Mapping[str, Any],
-        subsets: Mapping[str, np.ndarray],
-        recalibrate: int,
-    ) -> None:
-        self.model = model
-        self.data = data
-        self.train = train
-        self.losses = losses
-        self.autocast = autocast
-        self.recalibrate = recalibrate
-        self.classifies = False
-        self.slices: list[str] = []
-        self._on_batch = on_batch
-        self._whole = whole
-        self._named = named
-        self._subsets = subsets if train is not None else {}
-        self._rows: dict[str, np.ndarray | None] | None = None  # of the judging data, by slice
-
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        module = unwrapped(self.model)
-        plain = plain_names(module)
-        module.load_state_dict({name: tensors[plain(name)] for name in module.state_dict()})
-
-    def recalibrated(self) -> Tensors:
-        """Batch-norm buffers of the loaded model, estimated anew; none for a model without."""
-        changed = recalibrate(
-            self.model, batches(self.train, self.some(None, self.recalibrate)), autocast=self.autocast
-        )
-        buffers = dict(unwrapped(self.model).named_buffers())
-        plain = plain_names(unwrapped(self.model))
-        return {plain(name): buffers[name].detach().cpu().clone() for name in buffers if plain(name) in changed}
-
-    def some(self, samples: np.ndarray | None, count: int) -> np.ndarray:
-        """So many of some samples of the train data, or of all, always the same ones."""
-        every = np.arange(len(self.train.dataset)) if samples is None else samples
-        return every if count >= len(every) else every[selectors.random(len(every), count, _SEED)]
-
-    def scores_of(self, tensors: Mapping[str, torch.Tensor]) -> Scores:
-        self.load(tensors)
-        columns = self._scan(self.data, None)
-        if self._rows is None:
-            self._rows = self._sliced(columns)
-        found = {name: score(columns, rows) for name, rows in self._rows.items()}
-        for name, samples in self._subsets.items():
-            found[name] = score(self._scan(self.train, samples))
-        self.slices = list(found)
-        return found
-
-    def loss_of(self, tensors: Mapping[str, torch.Tensor], *, anew: bool = False) -> float:
-        """The loss on all of the judging data; `anew`, with batch-norm statistics of the model's own."""
-        self.load(tensors)
-        if anew and self.recalibrate and self.train is not None:
-            self.recalibrated()
-        return score(self._scan(self.data, None)).loss
-
-    def classifies_of(self, tensors: Mapping[str, torch.Tensor]) -> bool:
-        if not self.slices:
-            self.scores_of(tensors)
-        return self.classifies
-
-    def _scan(self, loader: Any, indices: np.ndarray | None) -> dict[str, np.ndarray]:
-        columns = scan(
-            self.model, loader, self.losses, indices=indices, autocast=self.autocast, on_batch=self._on_batch
-        )
-        self.classifies = "correct" in columns
-        return columns
-
-    def _sliced(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray | None]:
-        named = {name: recipes.choose(recipe, columns, len(columns["loss"])) for name, recipe in self._named.items()}
-        return {self._whole: None, **named, **class_rows(columns)}
-
-
 def _chosen(
     command: commands.MergeRuns, parents: int, based: bool, tensors: Collection[str]
 ) -> tuple[list[str], dict[str, str]]:
@@ -589,20 +503,6 @@ def _best(command: commands.MergeRuns, made: Sequence[_Candidate], preview: Prev
     raise InvalidCommandError(
         f"{name!r} was not made here; to commit there are: best, {', '.join(c.name for c in made)}"
     )
-
-
-def _check_like(fresh: nn.Module, live: nn.Module) -> None:
-    """Raises `StateMismatchError` when the model factory makes another model than the one that is trained."""
-    (mine, theirs) = (
-        {plain(name): tensor for name, tensor in module.state_dict().items()}
-        for module in map(unwrapped, (fresh, live))
-        for plain in [plain_names(module)]
-    )
-    if mine.keys() != theirs.keys():
-        odd = sorted(mine.keys() ^ theirs.keys())[0]
-        raise StateMismatchError(f"model_factory makes another model than the one that is trained: only one has {odd}")
-    for name, tensor in theirs.items():
-        check_tensor(mine[name], tensor, f"what model_factory makes: {name}")
 
 
 def _entry(value: Value, name: str) -> Any:
