@@ -113,6 +113,11 @@ def cancel_scan(session: Session, command: commands.CancelScan) -> Result:
     raise InvalidCommandError("no scan is under way")
 
 
+def report(session: Session, command: commands.ReportRun) -> Answer:
+    """Begin to look; the answer comes once the steps are over, or training stands."""
+    return session.reporting.begin(command)
+
+
 def export_subset(session: Session, command: commands.ExportSubset) -> Result:
     return session.sampling.export(command, _path(command.path))
 
@@ -152,6 +157,7 @@ _ACTIONS: Mapping[type[Command], Callable[[Any, Any], Answer]] = {
     commands.ForkRun: fork,
     commands.SwitchRun: switch,
     commands.Undo: undo,
+    commands.ReportRun: report,
     commands.ExportSubset: export_subset,
 }
 

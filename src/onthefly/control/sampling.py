@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Inputs:
     per_sample_loss: Callable[[Any, Any], torch.Tensor] | None = None
     embed: Callable[..., torch.Tensor] | None = None
     model_factory: Callable[[], nn.Module] | None = None
+    schedulers: Mapping[str, Any] = field(default_factory=dict)
+    scaler: Any = None
 
 
 @dataclass(frozen=True)
