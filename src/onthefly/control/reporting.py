@@ -160,7 +160,8 @@ class Reporting:
 
     def _finish(self, missing: list[str], *, whole: bool) -> None:
         asked, watch = self._asked, self.watch
-        assert asked is not None and watch is not None
+        if asked is None or watch is None:
+            return
         self._asked = self.watch = None
         watch.close()
         end: Future[Kept] | None = None
@@ -176,7 +177,7 @@ class Reporting:
                 else:
                     missing = [*missing, "a double run: it needs three steps on end"]
             result = self._told(asked.command, watch.collected(), missing)
-        except Exception as e:  # whoever waits is told, and training goes on
+        except Exception as e:  # noqa: BLE001  whoever waits is told, and training goes on
             asked.future.set_exception(CommandError(f"the report failed: {type(e).__name__}: {e}"))
             return
         if asked.start is None or end is None:
