@@ -212,7 +212,9 @@ def hooks(model, optimizer):
     return {
         "modules": sum(len(getattr(m, name)) for m in model.modules() for name in of_modules),
         "parameters": sum(
-            len(getattr(p, name) or ()) for p in model.parameters() for name in ("_backward_hooks", "_post_accumulate_grad_hooks")
+            len(getattr(p, name) or ())
+            for p in model.parameters()
+            for name in ("_backward_hooks", "_post_accumulate_grad_hooks")
         ),
         "optimizer": len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks),
         "process": len(everywhere._global_forward_hooks) + len(everywhere._global_forward_pre_hooks),

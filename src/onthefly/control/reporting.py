@@ -97,7 +97,7 @@ class Reporting:
         steps = _DOUBLE_RUN if kind == "determinism" else command.steps
         if kind == "determinism" and command.double_run and self._start.launch is not None:
             start = self._save("report")
-        self.watch = Collection(self._subject(), kind, step, lambda: self._checkpointer.spent)
+        self.watch = Collection(self._subject(), kind, step, steps, lambda: self._checkpointer.spent)
         self._epoch = self._state_number("epoch")
         self._asked = _Asked(command, Future(), step, steps, start)
         return self._asked.future

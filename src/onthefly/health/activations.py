@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from onthefly.health.findings import Finding, Severity, number
 
 DEAD_NOTE, DEAD_WARNING, DEAD_ERROR = 0.1, 0.5, 0.95
-"""Share of a layer's units that were 0 for every sample in every step. A few are usual, and sparse features cost nothing but room;
+"""Share of a layer's units that were 0 for every sample in the last half of the steps. A few are usual, and sparse features cost nothing but room;
 with half of them gone a layer is narrower than it was built, and with all of them nothing passes (Lu et al. 2019)."""
 SATURATED_SHARE = 0.5
 """Of outputs of tanh or sigmoid at the flat ends, where the derivative is below a fiftieth of its largest (Glorot & Bengio 2010)."""
@@ -26,7 +26,7 @@ class Layer:
     units: int | None = None
     """Of an activation that can be dead: its channels or features."""
     dead: int = 0
-    """Units that were 0 for every sample in every step."""
+    """Units that were 0 for every sample of the last half of the steps."""
     shares: list[tuple[int, float]] = field(default_factory=list)
     """(step, share of units that were 0 for its whole batch)."""
     saturated: float | None = None
@@ -67,7 +67,6 @@ def facts(numbers: Numbers) -> list[str]:
 
 
 def _dead(numbers: Numbers) -> Iterator[Finding]:
-    steps = numbers.last_step - numbers.first_step + 1
     for layer in numbers.layers:
         if not layer.units or layer.dead / layer.units < DEAD_NOTE:
             continue
@@ -84,7 +83,7 @@ def _dead(numbers: Numbers) -> Iterator[Finding]:
             layer.name,
             since,
             before=since == numbers.first_step,
-            evidence={"dead": f"{layer.dead} of {layer.units}", "steps": steps},
+            evidence={"dead": f"{layer.dead} of {layer.units}", "steps": numbers.last_step - since + 1},
             advice="no gradient reaches what is before a dead unit: look at the bias and learning rate of the layer before; "
             "LeakyReLU or GELU, or a normalisation before it, keep units alive",
         )
@@ -100,7 +99,7 @@ def _dead(numbers: Numbers) -> Iterator[Finding]:
                 one.name,
                 numbers.first_step,
                 before=True,
-                evidence={"units": f"{one.silent} of {one.units}", "steps": steps},
+                evidence={"units": f"{one.silent} of {one.units}", "steps": numbers.last_step - numbers.first_step + 1},
                 advice="if a ReLU follows, look at the bias and learning rate of this layer",
             )
 

@@ -38,6 +38,7 @@ class Weight:
 
     name: str
     size: int
+    dimensions: int
     norms: list[float] = field(default_factory=list)
     """Of each step; empty: it never had a gradient."""
 
@@ -162,16 +163,16 @@ def _exploding(numbers: Numbers) -> Iterator[Finding]:
 
 
 def _largest(numbers: Numbers) -> str:
-    return max((w for w in numbers.weights if w.norms), key=lambda w: w.norms[-1], default=Weight("", 0)).name
+    return max((w for w in numbers.weights if w.norms), key=lambda w: w.norms[-1], default=Weight("", 0, 0)).name
 
 
 def _vanishing(numbers: Numbers) -> Iterator[Finding]:
+    # A bias before a batch norm, or of attention's keys, changes nothing, and has no gradient but rounding.
+    matrices = [w for w in numbers.weights if w.dimensions > 1]
     rms = {
-        w.name: median(w.norms) / math.sqrt(w.size)
-        for w in numbers.weights
-        if w.norms and all(map(math.isfinite, w.norms))
+        w.name: median(w.norms) / math.sqrt(w.size) for w in matrices if w.norms and all(map(math.isfinite, w.norms))
     }
-    silent = [w for w in numbers.weights if w.norms and not any(w.norms)]
+    silent = [w for w in matrices if w.norms and not any(w.norms)]
     alive = [value for value in rms.values() if value > 0]
     if silent:
         yield Finding(
@@ -181,7 +182,7 @@ def _vanishing(numbers: Numbers) -> Iterator[Finding]:
             silent[-1].name,
             numbers.first_step,
             before=True,
-            evidence={"parameters": len(silent), "of": len(numbers.weights), "first": silent[0].name},
+            evidence={"parameters": len(silent), "of": len(matrices), "first": silent[0].name},
             advice="something behind it is dead or detached: `onthefly report activations`",
         )
     if alive:

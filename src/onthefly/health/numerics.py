@@ -20,8 +20,8 @@ OTHER_RATES = 100.0
 """How much larger than the median of its optimizer's a learning rate must be to be named as the reason."""
 UNCHANGED_SHARE = 0.5
 """Of weights with a gradient that an optimizer step leaves as they are: the update is below the rounding of their type."""
-DRIFT = 2.0
-"""Growth of a weight's norm within the steps that were looked at: a norm that doubles in some tens of steps does not settle."""
+DRIFT_NOTE, DRIFT_WARNING = 2.0, 10.0
+"""Growth of a weight's norm within the steps that were looked at. What begins small may double; tenfold in some tens of steps does not settle."""
 SKIPPED_SHARE = 0.25
 """Of steps passed over by the scaler. One now and then is how it finds its scale: by default once in 2,000 steps."""
 
@@ -270,6 +270,8 @@ def _updates(numbers: Numbers) -> Iterator[Finding]:
         finite = [ratio for ratio in p.ratios if math.isfinite(ratio)]
         # Once the weights are enormous, a step is small next to them: what the first steps did counts as well.
         ratio = max(median(finite), finite[0] if finite[0] >= RATIO_ERROR else 0.0) if finite else math.inf
+        if not p.norms[0]:  # it begins at 0, as a LoRA's does: its first steps are large next to it, and rightly so
+            continue
         if ratio >= RATIO_NOTE:
             severity = (
                 Severity.ERROR
@@ -300,10 +302,10 @@ def _updates(numbers: Numbers) -> Iterator[Finding]:
                 evidence=evidence,
                 advice=advice,
             )
-        elif p.norms[0] > 0 and not 1 / DRIFT < p.norms[-1] / p.norms[0] < DRIFT:
+        elif not 1 / DRIFT_NOTE < (drift := p.norms[-1] / p.norms[0]) < DRIFT_NOTE:
             yield Finding(
                 "numerics",
-                Severity.WARNING,
+                Severity.NOTE if 1 / DRIFT_WARNING < drift < DRIFT_WARNING else Severity.WARNING,
                 "its norm drifts",
                 p.name,
                 p.steps[0],

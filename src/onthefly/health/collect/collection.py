@@ -64,14 +64,15 @@ class Collected:
 class Collection:
     """Owns the hooks and the numbers of one report. All of it happens on the training thread.
 
-    `step`: the boundary at which it begins. The training loop's calls: `leave` when it goes from a boundary into a step, `fetch`
+    `step`: the boundary at which it begins; `steps`: for how many. The training loop's calls: `leave` when it goes from a boundary into a step, `fetch`
     for a batch, `enter` at the next boundary. `close` takes every hook off; `collected` is what came of it.
     """
 
-    def __init__(self, subject: Subject, kind: str, step: int, spent: Callable[[], float]) -> None:
+    def __init__(self, subject: Subject, kind: str, step: int, steps: int, spent: Callable[[], float]) -> None:
         self._subject = subject
         self._kind = kind
         self._first = step + 1
+        self._settled = self._first + steps // 2
         self._step = step
         self._spent = spent  # seconds that saves have held the training up for
         self._thread, self._pid = threading.get_ident(), os.getpid()
@@ -104,7 +105,7 @@ class Collection:
     def _put_on(self, blind: list[str]) -> None:
         subject, kind = self._subject, self._kind
         if kind in _LAYERS and not blind:
-            self._layers = Layers(subject.modules, self._readings, units=kind in _UNITS)
+            self._layers = Layers(subject.modules, self._readings, units=kind in _UNITS, settled=self._settled)
         if blind and kind in _LAYERS | _CLOCK | _GRAPH:
             self._missing.append(
                 f"layers of {', '.join(blind)}: it is compiled, and a hook would have it compiled anew"

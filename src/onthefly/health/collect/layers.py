@@ -32,6 +32,7 @@ class _Layer:
     tiny: list[float] = field(default_factory=list)
     saturated: list[float] = field(default_factory=list)
     alive: torch.Tensor | None = None
+    latest: int = 0
     shares: list[tuple[int, float]] = field(default_factory=list)
     bad_step: int | None = None
     bad: str = ""
@@ -59,10 +60,11 @@ def named_layers(modules: Mapping[str, nn.Module]) -> dict[int, str]:
 class Layers:
     """Takes the ranges of all layers' outputs; with `units`, also which of their units are dead, and what is saturated."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], readings: Readings, *, units: bool) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], readings: Readings, *, units: bool, settled: int) -> None:
         self._names = named_layers(modules)
         self._readings = readings
         self._units = units
+        self._settled = settled  # the step from which a unit that gives nothing is dead
         self._layers: dict[int, _Layer] = {}
         self._weighted: nn.Module | None = None  # the last layer with parameters: it tells which axis the units are
         self._strange: set[str] = set()
@@ -150,7 +152,9 @@ class Layers:
         if isinstance(module, CAN_DIE) and tensor.dim() > 1:
             axis = self._unit_axis(tensor)
             alive = (tensor != 0).any(0) if tensor.dim() == 2 else (tensor != 0).transpose(0, axis).flatten(1).any(1)
-            layer.alive = alive if layer.alive is None or layer.alive.shape != alive.shape else layer.alive | alive
+            new = layer.alive is None or layer.alive.shape != alive.shape or layer.latest < self._settled <= step
+            layer.alive = alive if new or layer.alive is None else layer.alive | alive
+            layer.latest = step
             self._readings.add([1 - alive.float().mean()], lambda read: layer.shares.append((step, read[0])))
 
     def _unit_axis(self, tensor: torch.Tensor) -> int:

@@ -128,7 +128,7 @@ class Weights:
         return [weight.numbers for weight in self._weights.values()]
 
     def gradients(self) -> list[slopes.Weight]:
-        return [slopes.Weight(w.name, w.parameter.numel(), w.norms) for w in self._weights.values()]
+        return [slopes.Weight(w.name, w.parameter.numel(), w.parameter.dim(), w.norms) for w in self._weights.values()]
 
     def silent(self) -> list[activations.Silent]:
         found = [
