@@ -159,10 +159,10 @@ class Run:
 
     def _meet(self, step):
         if step in self.asks:
-            kind, options = self.asks[step]
+            kind, options = self.asks.pop(step)  # a step may come twice
             self._in_a_thread(step, "report", lambda client: client.report(kind, **options), self.reports)
         if step in self.does:
-            kind, action = self.does[step]
+            kind, action = self.does.pop(step)
             self._in_a_thread(step, kind, action, self.answers)
 
     def _in_a_thread(self, step, kind, action, answers):

@@ -182,8 +182,9 @@ def test_an_unseeded_worker_generator_is_named(train):
 def test_an_fp16_overflow_is_found_in_the_layer_that_gives_it_out(train):
     """Simulated by CPU autocast to float16 and weights that are far too large."""
     run = train(
-        Digits(autocast=torch.float16, change=lambda model: model[3].weight.data.mul_(1e6), epochs=1),
-        asks={0: ("numerics", {"steps": 4})},
+        Digits(autocast=torch.float16, change=lambda model: model[3].weight.data.mul_(5e5)),
+        asks={0: ("numerics", {"steps": 2})},
+        max_steps=3,
     )
     finding = only(run.reports[0], "error", "3")
     assert "float16 overflow" in finding.what

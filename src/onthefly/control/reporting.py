@@ -88,11 +88,11 @@ class Reporting:
             )
         kind, step = command.report, self._step
         if kind == "distribution":
-            return self._told(command, Collected(0), [])
+            return self._told(command, Collected(0), [], step)
         if self.paused:
             seen = "steps" if kind in _IN_STEPS else "operations, and a double run"
             missing = [f"{seen}: the session is paused, and they are seen only while it trains (`onthefly resume`)"]
-            return self._told(command, Collected(0), missing)
+            return self._told(command, Collected(0), missing, step)
         start = None
         steps = _DOUBLE_RUN if kind == "determinism" else command.steps
         if kind == "determinism" and command.double_run and self._start.launch is not None:
@@ -176,7 +176,7 @@ class Reporting:
                     end = self._save("report")
                 else:
                     missing = [*missing, "a double run: it needs three steps on end"]
-            result = self._told(asked.command, watch.collected(), missing)
+            result = self._told(asked.command, watch.collected(), missing, asked.begun)
         except Exception as e:  # noqa: BLE001  whoever waits is told, and training goes on
             asked.future.set_exception(CommandError(f"the report failed: {type(e).__name__}: {e}"))
             return
@@ -185,7 +185,7 @@ class Reporting:
         else:
             _once_saved(asked.start, end, asked.future, result)
 
-    def _told(self, command: commands.ReportRun, collected: Collected, missing: list[str]) -> Result:
+    def _told(self, command: commands.ReportRun, collected: Collected, missing: list[str], begun: int) -> Result:
         """The report as an answer, recorded as an event, its numbers as metrics."""
         kind = command.report
         findings, facts = self._judged(kind, collected)
@@ -198,8 +198,8 @@ class Reporting:
             step=self._step,
             epoch=self._state_number("epoch"),
             live=True,
-            first_step=self._step - collected.steps + 1 if looked else None,
-            last_step=self._step if looked else None,
+            first_step=begun + 1 if looked else None,
+            last_step=begun + collected.steps if looked else None,
             checkpoint=newest.hash if newest is not None else None,
             checkpoint_step=newest.step if newest is not None else None,
             findings=in_order(findings),

@@ -163,10 +163,10 @@ def _broken(numbers: Numbers) -> Iterator[Finding]:
     )
     if bad and (bad[0].bad_step or 0) < first_data:
         layer = bad[0]
-        half = layer.dtype == "float16" and layer.bad == "inf"
+        half = layer.dtype == "float16"
         what = (
             f"float16 overflow: outputs beyond {layer.limit:.0f} are inf"
-            if half
+            if half and layer.bad == "inf"
             else f"outputs are {layer.bad} in {layer.dtype}"
         )
         yield Finding(
@@ -177,7 +177,7 @@ def _broken(numbers: Numbers) -> Iterator[Finding]:
             layer.bad_step,
             before=layer.bad_step == numbers.first_step,
             evidence={"layers": len(bad), "largest before": layer.peak},
-            advice="use bfloat16, or keep this layer in float32"
+            advice="use bfloat16, or keep this layer in float32: an overflow is the usual reason"
             if half
             else "first in forward order; its inputs were finite: look at its weights, a division, a log or an exp there",
         )
