@@ -319,8 +319,11 @@ class Session:
             counters[best] = plain[best]
             counters[f"{best}_step"] = step
             self._checkpointer.changed()
-        with self.reporting.own():
+        if (watch := self.reporting.watch) is None:
             self._history.metrics(step, epoch, plain)
+        else:
+            with watch.own():
+                self._history.metrics(step, epoch, plain)
 
     def log_samples(self, losses: Any, *, correct: Any = None, margins: Any = None, indices: Any = None) -> None:
         """Record the loss of every sample of the batch in hand: what training computes anyway tells hard samples from mislabelled ones.

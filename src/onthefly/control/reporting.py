@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -127,10 +126,6 @@ class Reporting:
         """A command is carried out: this boundary's time is not the training's."""
         if self.watch is not None:
             self.watch.disturbed()
-
-    def own(self) -> AbstractContextManager[None]:
-        """Inside is what OnTheFly does in the middle of a step."""
-        return nullcontext() if self.watch is None else self.watch.own()
 
     def end(self, reason: str) -> None:
         """The steps end here: take the collectors off, and answer with what they have seen."""

@@ -118,6 +118,7 @@ class Collection:
                 step=self._first - 1,
                 scaler=subject.scaler if _tells_its_scale(subject.scaler) else None,
                 noise=kind in _NOISE,
+                units=kind in _UNITS,
                 guard=self._guard,
             )
             self._handles += self._weights.handles()

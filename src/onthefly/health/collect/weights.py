@@ -38,7 +38,8 @@ class _Weight:
 
 
 class Weights:
-    """Takes norms of gradients and updates at every optimizer step; with `noise`, also what the noise scale needs.
+    """Takes norms of gradients and updates at every optimizer step; with `noise`, also what the noise scale needs, with `units`
+    which rows of a weight get a gradient.
 
     With a `scaler` gradients are looked at as they come, too: a step that it passes over never comes to the optimizer.
     """
@@ -52,6 +53,7 @@ class Weights:
         step: int,
         scaler: Any,
         noise: bool,
+        units: bool,
         guard: Guard,
     ) -> None:
         self._readings = readings
@@ -69,7 +71,11 @@ class Weights:
                         dtype = str(p.dtype).removeprefix("torch.")
                         numbers = numerics.Parameter(prefix + name, dtype, p.dim())
                         self._weights[id(p)] = _Weight(prefix + name, p, numbers)
-                        if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and name.endswith("weight"):
+                        if (
+                            units
+                            and isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+                            and name.endswith("weight")
+                        ):
                             rows.add(id(p))
         self._with_rows = rows
         self._every = -(-sum(w.parameter.numel() for w in self._weights.values()) // _COORDINATES) or 1
