@@ -16,7 +16,7 @@ from onthefly.errors import (
     UnknownReferenceError,
     said,
 )
-from onthefly.health import determinism, health
+from onthefly.health import determinism, health, numerics
 from onthefly.health.findings import KINDS, Finding, Report, in_order, number
 from onthefly.store import queries
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MOST_POINTS = 20_000  # of a loss that are judged one by one: the last ones; the first bad one is found in all
 _LATEST = 5
+_SCALES = ("loss_scale", "scale", "health/loss_scale")
 _SEEN_IN_STEPS = ("numerics", "activations", "gradients", "throughput", "distribution")
 _PATIENCE = 10.0  # seconds for the session's checkpoints to come to the store
 
@@ -118,6 +119,8 @@ def _recorded(client: Client, kind: str, row: RunRow, session: SessionRow | None
     findings += [f for f in course if kind == "health" or f.report == kind]
     if kind == "numerics":  # a loss that broke says since when
         findings += [f for f in course if f.severity == "error" and "NaN" in f.what]
+    if kind in ("health", "numerics") and not _is_alive(client, session):
+        findings += numerics.judge(_scales(client, row.name))
     if kind in ("health", "determinism"):
         exact = _exactness(events, session, row.generation)
         findings += determinism.judge(exact)
@@ -149,6 +152,16 @@ def _losses(client: Client, run: str) -> tuple[dict[str, list[tuple[int, float]]
         if name == "loss":
             times = points.times[begin:].tolist()
     return losses, times
+
+
+def _scales(client: Client, run: str) -> numerics.Numbers:
+    """What the script, or a report, has logged of a gradient scaler's scale."""
+    names = [name for name in _SCALES if name in client.metric_names(run)]
+    points = client.series(run, names[0]) if names else None
+    if points is None or not len(points.steps):
+        return numerics.Numbers(0, 0)
+    scales = list(zip(points.steps.tolist(), points.values.tolist(), strict=True))[-_MOST_POINTS:]
+    return numerics.Numbers(scales[0][0], scales[-1][0], scales=scales)
 
 
 def _course(

@@ -199,6 +199,8 @@ def test_gradients_that_overflow_in_fp16_are_seen_though_the_scaler_passes_their
     assert (finding.severity, finding.since, finding.before) == ("error", 3, True)
     assert finding.evidence["passed over"] == "6 of 6"
     assert finding.where in dict(run.model.named_parameters())
+    with onthefly.connect(run.store) as client:  # the run has ended; its scale was recorded
+        assert any("scaler passes steps over" in f.what for f in client.report("numerics").findings)
 
 
 def test_a_scheduler_that_was_never_stepped_is_found_once_it_should_have_been(train):

@@ -11,8 +11,8 @@ from onthefly.health.findings import Finding, Severity
 
 DATA_SHARE = 0.2
 """Of a step spent waiting for data: what more loader workers could win back at most."""
-DATA_SECONDS = 0.002
-"""A batch's wait below which workers win nothing: handing a batch from process to process takes about a millisecond."""
+DATA_SECONDS = 0.004
+"""A batch's wait below which workers win little: handing a batch from process to process takes a millisecond or two."""
 CHECKPOINT_SHARE = 0.05
 OWN_SHARE, OWN_SECONDS = 0.05, 0.001
 """What we cost must not be felt; in steps of microseconds a share says little."""
