@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from onthefly.exchange import Arrived, Exported
     from onthefly.fsck import Progress, Report
     from onthefly.garbage import Collection
+    from onthefly.health.findings import Report as HealthReport
     from onthefly.remerging import MergeProof
     from onthefly.repairs import Repair
     from onthefly.run_comparison import RunDiff
@@ -62,6 +63,7 @@ Choice = int | str | None
 
 _POLL = 0.02  # seconds between two looks for an answer
 _TIMEOUT = 30.0
+_LONG = 600.0  # for what takes as long as some steps of training
 _RECENT = 500  # steps
 
 
@@ -594,6 +596,28 @@ class Client:
     def stop(self, *, save: bool = True, **how: Unpack[Delivery]) -> Result:
         """Finish the step, save, and end the process."""
         return self.command("stop", save=save, **how)
+
+    def report(
+        self,
+        kind: str = "health",
+        run: str | None = None,
+        *,
+        steps: int = 20,
+        double_run: bool = True,
+        timeout: float = _LONG,
+    ) -> HealthReport:
+        """Look at a run, and say what is wrong with it: see `onthefly.health`.
+
+        A run that a live session is on is looked into for `steps` steps while it trains; of any other, what is recorded is judged.
+        Without `run` it is the only live session's, or the newest of the store. `double_run`: for determinism on a live
+        session, train three steps again in a fresh process, and compare. `timeout` is in seconds.
+
+        Raises `InvalidCommandError` for a report that there is not, `UnknownReferenceError`, `AmbiguousError`, `CommandError` while
+        another report is under way, and `CommandTimeoutError`.
+        """
+        from onthefly import reports
+
+        return reports.report(self, kind, run, steps=steps, double_run=double_run, timeout=timeout)
 
     # -- samples -----------------------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ from onthefly.control.gradients import GradientWatch
 from onthefly.control.merges import Merges
 from onthefly.control.provenance import Provenance
 from onthefly.control.recorder import Recorder
+from onthefly.control.reporting import Reporting
 from onthefly.control.ring import Kept, Ring
 from onthefly.control.sampling import Inputs, Sampling
 from onthefly.control.signals import Signals
@@ -106,7 +107,10 @@ def attach(
     state.add("side_loaders", SideLoaders({"val": val_loader, "test": test_loader}))
     if config.grad_clip is not None:
         knobs.set({"grad_clip": config.grad_clip})
-    inputs = Inputs(train_loader, val_loader, test_loader, loss_fn, per_sample_loss, embed, model_factory)
+    known = {name: one for name, one in schedulers.items() if one is not None}
+    inputs = Inputs(
+        train_loader, val_loader, test_loader, loss_fn, per_sample_loss, embed, model_factory, known, scaler
+    )
     samples = loader.samples if loader is not None else None
     dynamics = Dynamics(samples) if samples is not None else None
     if dynamics is not None:
@@ -160,6 +164,7 @@ class Session:
         )
         self.sampling = Sampling(state, loader, dynamics, inputs, begun, self._history, self.save, self._look_up)
         self.merges = Merges(state, knobs, inputs, begun, self._history, self.sampling, self.branches, self.save)
+        self.reporting = Reporting(state, knobs, loader, inputs, begun, self._history, self._checkpointer, self.save)
         self._recorder = Recorder(begun.store, begun.session, begun.journal, self._gate, self._status, self._is_due)
         self._log = logging.getLogger("onthefly")
         self._pid = os.getpid()
@@ -288,6 +293,8 @@ class Session:
             if self.step >= n or self._steps_are_over():
                 break
             self._counters["step"] += 1  # type: ignore[operator]
+            if (watch := self.reporting.watch) is not None:
+                watch.begin_step(self.step)
             yield self.step - 1
         self._finish()
 
@@ -314,7 +321,11 @@ class Session:
             counters[best] = plain[best]
             counters[f"{best}_step"] = step
             self._checkpointer.changed()
-        self._history.metrics(step, epoch, plain)
+        if (watch := self.reporting.watch) is None:
+            self._history.metrics(step, epoch, plain)
+        else:
+            with watch.own():
+                self._history.metrics(step, epoch, plain)
 
     def log_samples(self, losses: Any, *, correct: Any = None, margins: Any = None, indices: Any = None) -> None:
         """Record the loss of every sample of the batch in hand: what training computes anyway tells hard samples from mislabelled ones.
@@ -372,13 +383,14 @@ class Session:
     def hold(self, *, save: bool = True) -> None:
         """Stay at this boundary until `release`."""
         self._save_when_paused = save and not self._paused
-        self._paused = True
+        self._paused = self.reporting.paused = True
+        self.reporting.end("the session was paused")
         self.record("paused")
 
     def release(self) -> None:
         if self._paused:
             self.record("resumed")
-        self._paused = False
+        self._paused = self.reporting.paused = False
 
     def leave(self, outcome: str, code: int) -> None:
         """End the process at this boundary, once the command under way is answered."""
@@ -428,7 +440,8 @@ class Session:
                     return
                 if self._jumping or self._epochs_are_over():
                     return
-            batch = loader.next()
+            watch = self.reporting.watch
+            batch = loader.next() if watch is None else watch.fetch(loader)
             if batch is END:
                 return
             counters["step"] += 1  # type: ignore[operator]
@@ -470,6 +483,8 @@ class Session:
                 self._attend()
             raise InexactError(f"the loop ended before step {self._start.until.step}, which was recorded")
         self._done = True
+        self.reporting.boundary()
+        self.reporting.end("the loop ended")
         if save:
             self.save("end", goes_on=False)
         self._checkpointer.settle()  # as long as a signal still means: finish what you are doing
@@ -499,6 +514,7 @@ class Session:
 
     def _attend(self, save: str | None = None) -> None:
         """Everything that happens at a boundary besides training."""
+        self.reporting.boundary()
         if not self._begun:
             self._begin()
         if self._entering is not None:
@@ -534,6 +550,7 @@ class Session:
         if self._waiting or self._gate.signal is not None or not ready or self._jumping:
             self._gate.raised = True
         self._plan()
+        self.reporting.leave()
 
     def _do_as_ordered(self, until: Until) -> None:
         if until.scan is not None:
@@ -579,6 +596,7 @@ class Session:
 
     def _perform(self, request: Request) -> None:
         step, epoch = self.step, self.epoch
+        self.reporting.disturbed()
         try:
             result = actions.perform(self, request.command)
         except OnTheFlyError as e:
@@ -617,6 +635,7 @@ class Session:
     def _plan(self) -> None:
         """Find the next step at which there is something to do."""
         steps = [self._checkpointer.next_step if self._entering is None else 0, self._changes.next_step]
+        steps.append(self.reporting.next_step)
         if self._start.until is not None:
             steps.append(self._start.until.step)
         if self._config.max_steps is not None:
@@ -650,6 +669,7 @@ class Session:
         no trace; and the state is put back once more at the boundary that it belongs to.
         """
         self._checkpointer.changed()
+        self.reporting.end("another state was loaded")
         try:
             self._state.restore(value, copy=file.copy)
         except HalfRestoredError as e:
@@ -678,6 +698,7 @@ class Session:
             self._save_where_it_was_left()
         finished = outcome is None and not failed
         outcome = outcome or ("failed" if failed else "finished")
+        self.reporting.end("the session ended")
         for request in self._waiting:
             self._refuse(request)
         while (late := self._gate.take()) is not None:

@@ -47,6 +47,8 @@ def test_each_command_is_tested_here():
         "exportSubset",
         # in test_beside.py
         "adoptScan",
+        # in tests/health
+        "report",
     }
 
 

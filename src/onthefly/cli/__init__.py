@@ -37,6 +37,7 @@ _MODULES = {
     "scan": "samples",
     "samples": "samples",
     "export": "samples",
+    "report": "report",
     "log": "history",
     "verify": "verify",
     "fsck": "fsck",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,14 @@ def _tested(data: dict[str, Any]) -> str:
     return f"tested {data.get('data', '')}{samples}".rstrip() + _after(render.pairs(numbers))
 
 
+def _reported(data: dict[str, Any]) -> str:
+    counts = Counter(str(one.get("severity")) for one in data.get("findings") or ())
+    words = ", ".join(
+        f"{counts[s]} {s}{'s' if counts[s] > 1 else ''}" for s in ("error", "warning", "note") if counts[s]
+    )
+    return f"report on {data.get('kind', '')}: {words or 'nothing wrong'}"
+
+
 def _generation(data: dict[str, Any]) -> str:
     base = data.get("base") or {}
     origin = f", from {str(base['hash'])[:12]}" if base.get("hash") else ""
@@ -193,6 +202,7 @@ _WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "paused": lambda data: "paused",
     "resumed": lambda data: "resumed",
     "tested": _tested,
+    "report": _reported,
     "checkpointSaved": _saved,
     "checkpointEvicted": lambda data: f"removed {str(data.get('hash', ''))[:12]} ({data.get('reason', 'evicted')})",
     "checkpointPinned": lambda data: f"pinned {str(data.get('hash', ''))[:12]}",

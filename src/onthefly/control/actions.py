@@ -122,6 +122,11 @@ def adopt_scan(session: Session, command: commands.AdoptScan) -> Result:
     return session.sampling.adopt(command)
 
 
+def report(session: Session, command: commands.ReportRun) -> Answer:
+    """Begin to look; the answer comes once the steps are over, or training stands."""
+    return session.reporting.begin(command)
+
+
 def export_subset(session: Session, command: commands.ExportSubset) -> Result:
     return session.sampling.export(command, _path(command.path))
 
@@ -163,6 +168,7 @@ _ACTIONS: Mapping[type[Command], Callable[[Any, Any], Answer]] = {
     commands.MergeRuns: merge,
     commands.SwitchRun: switch,
     commands.Undo: undo,
+    commands.ReportRun: report,
     commands.ExportSubset: export_subset,
 }
 

@@ -98,6 +98,8 @@ class Checkpointer:
         self._told = True
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        self.spent = 0.0
+        """Seconds that the training thread was held up by copies of its state, and by waiting for room for one."""
         self.next_step = float("inf")
         self.next_time = float("inf")
         self._log = logging.getLogger("onthefly")
@@ -285,6 +287,13 @@ class Checkpointer:
         )
 
     def _take(self, save: _Save, gradients: bool, goes_on: bool) -> None:
+        began = time.perf_counter()
+        try:
+            self._copy(save, gradients, goes_on)
+        finally:
+            self.spent += time.perf_counter() - began
+
+    def _copy(self, save: _Save, gradients: bool, goes_on: bool) -> None:
         try:
             tree, tensors = flatten(self._state.capture(gradients=gradients))
             layout = format.Layout(tree, tensors)
@@ -343,9 +352,11 @@ class Checkpointer:
 
     def _before_step(self) -> None:
         if self._staged and os.getpid() == self._pid:  # in a forked child nobody copies
+            began = time.perf_counter()
             for staged in self._staged:
                 staged.before_step()
             self._staged = []
+            self.spent += time.perf_counter() - began
 
     def _first_step(self) -> None:
         """An optimizer has made its state: there will be more to stage than there was at the start."""

@@ -269,6 +269,21 @@ class Undo(Command):
     changes_state = True
 
 
+class ReportRun(Command):
+    """Look at the training for some steps, and say what is wrong with it. Training goes on meanwhile, and is not affected."""
+
+    kind = "report"
+    report: str = Field(
+        "health",
+        pattern="^(health|numerics|activations|gradients|determinism|throughput|distribution)$",
+        description="Which report; health is the summary of all.",
+    )
+    steps: int = Field(20, ge=1, le=10_000, description="How many steps to look into.")
+    double_run: bool = Field(
+        False, description="For determinism: save two checkpoints three steps apart, for a fresh process to repeat."
+    )
+
+
 class ExportSubset(Chosen):
     """Write the chosen samples, with what is known of each, to a file; by default the samples that are trained on."""
 
@@ -295,6 +310,7 @@ COMMANDS: tuple[type[Command], ...] = (
     MergeRuns,
     SwitchRun,
     Undo,
+    ReportRun,
     ExportSubset,
 )
 

@@ -71,6 +71,11 @@ class Ring:
         with self._lock:
             return next((kept for kept in self._kept if kept.path == path), None)
 
+    def newest(self) -> Kept | None:
+        """The checkpoint that was saved last."""
+        with self._lock:
+            return self._kept[-1] if self._kept else None
+
     def make_room(self, size: int, reason: str) -> None:
         """Where the disk has no room for a checkpoint of so many bytes, let go now what retention would let go after it.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Inputs:
     per_sample_loss: Callable[[Any, Any], torch.Tensor] | None = None
     embed: Callable[..., torch.Tensor] | None = None
     model_factory: Callable[[], nn.Module] | None = None
+    schedulers: Mapping[str, Any] = field(default_factory=dict)
+    scaler: Any = None
 
 
 class Sampling:

@@ -132,6 +132,8 @@ class Start:
     """How this process was started, if it can be started again."""
     autocast: Mapping[str, str] | None = None
     """The device and dtype of the autocast that an earlier process of its run trained under."""
+    inexact: Sequence[str] = ()
+    """What cannot be repeated exactly, in words."""
 
     @property
     def selections(self) -> Path:
@@ -202,7 +204,7 @@ class _About:
         folder.mkdir(parents=True, exist_ok=True)
         remove_stray(folder)
         history = History(journal, run, generation)
-        more |= {"run": run, "launch": self.launch}
+        more |= {"run": run, "launch": self.launch, "inexact": inexact}
         begun = Start(self.store, session, journal, lock, history, self.config, folder, **more)
         for reason in inexact:
             logging.getLogger("onthefly").warning("this run cannot be repeated exactly: %s", reason)

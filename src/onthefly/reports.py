@@ -1,0 +1,228 @@
+"""Reports as a door gives them: what a live session sees in its steps, with what the store has recorded. Loads no torch."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from onthefly.errors import (
+    CheckpointError,
+    InvalidCommandError,
+    OnTheFlyError,
+    ResumeError,
+    UnknownReferenceError,
+    said,
+)
+from onthefly.health import determinism, health, numerics
+from onthefly.health.findings import KINDS, Finding, Report, in_order, number
+from onthefly.store import queries
+
+if TYPE_CHECKING:
+    from onthefly.client import Client
+    from onthefly.store.queries import EventRow, RunRow, SessionRow
+
+_MOST_POINTS = 20_000  # of a loss that are judged one by one: the last ones; the first bad one is found in all
+_LATEST = 5
+_SCALES = ("loss_scale", "scale", "health/loss_scale")
+_SEEN_IN_STEPS = ("numerics", "activations", "gradients", "throughput", "distribution")
+_PATIENCE = 10.0  # seconds for the session's checkpoints to come to the store
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What the store tells of a run."""
+
+    findings: Sequence[Finding]
+    facts: Sequence[str]
+    latest: Mapping[str, Sequence[tuple[int, float]]]
+
+
+def report(client: Client, kind: str, run: str | None, *, steps: int, double_run: bool, timeout: float) -> Report:
+    """See `Client.report`."""
+    if kind not in KINDS:
+        raise InvalidCommandError(f"there is no report {kind!r}; there are: {', '.join(KINDS)}")
+    session = _live(client, run)
+    if session is None:
+        return _ended(client, kind, client.run(run) if run is not None else _newest(client))
+    twice = double_run and kind == "determinism"
+    answer = client.command("report", session.id, timeout=timeout, report=kind, steps=steps, double_run=twice)
+    found = Report.from_json(answer)
+    row = client.run(found.run)
+    recorded = _recorded(client, kind, row, session)
+    found = found.with_more(recorded.findings, recorded.facts, latest=recorded.latest)
+    return _with_double_run(client, found, answer, timeout) if "checkpoints" in answer else found
+
+
+def _live(client: Client, run: str | None) -> SessionRow | None:
+    alive = client.sessions(alive=True)
+    if run is None:
+        return client.session() if alive else None
+    client.run(run)
+    return next((row for row in alive if row.run == run), None)
+
+
+def _newest(client: Client) -> RunRow:
+    rows = client.runs()
+    if not rows:
+        raise UnknownReferenceError("there is no run in this store to report on")
+    trainers = queries.trainers(client.store)
+    return max(rows, key=lambda row: trainers.get(row.name, 0))
+
+
+def _ended(client: Client, kind: str, row: RunRow) -> Report:
+    """A report on a run that no session is on: what is recorded, and what its last live report of that kind found."""
+    session = queries.session(client.store, queries.trainers(client.store).get(row.name, 0))
+    recorded = _recorded(client, kind, row, session)
+    step, epoch = client.heads().get(row.name, (0, 0))
+    saved = queries.newest_checkpoint(client.store, row.name)
+    found = Report(
+        kind=kind,
+        run=row.name,
+        generation=row.generation,
+        step=step,
+        epoch=epoch,
+        live=False,
+        checkpoint=saved.hash if saved is not None else None,
+        checkpoint_step=saved.step if saved is not None else None,
+        findings=in_order(recorded.findings),
+        facts=tuple(recorded.facts),
+        latest=recorded.latest,
+    )
+    needed = kind in _SEEN_IN_STEPS or kind == "health"
+    last = next((e for e in reversed(client.events(row.name, kinds=["report"])) if e.data.get("kind") == kind), None)
+    if last is not None:
+        before = Report.from_json(last.data)
+        looked = f"steps {before.first_step} to {before.last_step}" if before.last_step else f"step {before.step}"
+        return found.with_more(before.findings, [f"from its last live report, of {looked}:", *before.facts])
+    if needed:
+        return found.with_more(missing=[f"{_what(kind)}: seen only while a session trains, and none is on this run"])
+    return found
+
+
+def _what(kind: str) -> str:
+    return "layers, gradients and the parts of a step" if kind == "health" else kind
+
+
+# -- what is recorded ------------------------------------------------------------------------------------------
+
+
+def _recorded(client: Client, kind: str, row: RunRow, session: SessionRow | None) -> _Recorded:
+    events = client.events(row.name)
+    losses, times = _losses(client, row.name)
+    latest = {name: points[-_LATEST:] for name, points in losses.items() if points}
+    findings: list[Finding] = []
+    facts: list[str] = []
+    course = health.judge(_course(row, events, losses, times))
+    findings += [f for f in course if kind == "health" or f.report == kind]
+    if kind == "numerics":  # a loss that broke says since when
+        findings += [f for f in course if f.severity == "error" and "NaN" in f.what]
+    if kind in ("health", "numerics") and not _is_alive(client, session):
+        findings += numerics.judge(_scales(client, row.name))
+    if kind in ("health", "determinism"):
+        exact = _exactness(events, session, row.generation)
+        findings += determinism.judge(exact)
+        facts += determinism.facts(exact) if kind == "determinism" and not _is_alive(client, session) else []
+    if kind == "throughput" and len(times) > 1:
+        gaps = sorted(after - before for before, after in itertools.pairwise(times) if after > before)
+        if gaps:
+            facts.append(f"between logged steps, as recorded: {number(gaps[len(gaps) // 2])} s in the median")
+    return _Recorded(findings, facts, latest)
+
+
+def _is_alive(client: Client, session: SessionRow | None) -> bool:
+    return session is not None and session.ended is None and client.store.is_alive(session)
+
+
+def _losses(client: Client, run: str) -> tuple[dict[str, list[tuple[int, float]]], list[float]]:
+    import numpy as np
+
+    losses: dict[str, list[tuple[int, float]]] = {}
+    times: list[float] = []
+    for name in client.metric_names(run):
+        if name != "loss" and not name.endswith("_loss"):
+            continue
+        points = client.series(run, name)
+        first = np.flatnonzero(~np.isfinite(points.values))[:1]
+        begin = max(len(points.values) - _MOST_POINTS, 0)
+        kept = [*first[first < begin].tolist(), *range(begin, len(points.values))]
+        losses[name] = [(int(points.steps[i]), float(points.values[i])) for i in kept]
+        if name == "loss":
+            times = points.times[begin:].tolist()
+    return losses, times
+
+
+def _scales(client: Client, run: str) -> numerics.Numbers:
+    """What the script, or a report, has logged of a gradient scaler's scale."""
+    names = [name for name in _SCALES if name in client.metric_names(run)]
+    points = client.series(run, names[0]) if names else None
+    if points is None or not len(points.steps):
+        return numerics.Numbers(0, 0)
+    scales = list(zip(points.steps.tolist(), points.values.tolist(), strict=True))[-_MOST_POINTS:]
+    return numerics.Numbers(scales[0][0], scales[-1][0], scales=scales)
+
+
+def _course(
+    row: RunRow,
+    events: Sequence[EventRow],
+    losses: Mapping[str, Sequence[tuple[int, float]]],
+    times: Sequence[float],
+) -> health.Numbers:
+    own = [event for event in events if event.generation in (None, row.generation)]
+    failed = [event for event in own if event.kind == "checkpointFailed"]
+    saved = [event for event in own if event.kind == "checkpointSaved"]
+    return health.Numbers(
+        losses=losses,
+        times=times,
+        failed_saves=[(event.step or 0, str(event.data.get("message", ""))) for event in failed],
+        saved_since=not failed or any((e.session, e.seq) > (failed[-1].session, failed[-1].seq) for e in saved),
+        waited=[float(e.data.get("seconds") or 0) for e in own if e.kind == "checkpointWaited"],
+        lost=sum(int(e.data.get("metrics") or 0) for e in own if e.kind == "lost"),
+        outages=sum(event.kind == "storeUnavailable" for event in own),
+    )
+
+
+def _exactness(events: Sequence[EventRow], session: SessionRow | None, generation: int) -> determinism.Numbers:
+    own = [event for event in events if event.generation in (None, generation)]
+    return determinism.Numbers(
+        environment=session.environment if session is not None else {},
+        inexact=[str(reason) for reason in session.inexact] if session is not None else [],
+        differences=[(e.step or 0, str(e.data.get("metric", ""))) for e in own if e.kind == "inexact"],
+        changes=[(e.step or 0, e.data) for e in own if e.kind == "environmentChanged"],
+    )
+
+
+# -- the double run --------------------------------------------------------------------------------------------
+
+
+def _with_double_run(client: Client, found: Report, answer: Mapping[str, Any], timeout: float) -> Report:
+    """Train the steps between the two checkpoints that the session saved for it again, in a fresh process."""
+    start, end = answer["checkpoints"]
+    try:
+        _await(client, found.run, [start["hash"], end["hash"]])
+        proof = client.verify(start["hash"], end["hash"], timeout=timeout)
+    except (ResumeError, CheckpointError, UnknownReferenceError) as e:
+        return found.with_more(missing=[f"a double run: {_first_line(e)}"])
+    run = determinism.DoubleRun(
+        first_step=proof.start.step + 1,
+        last_step=proof.end.step,
+        equal=proof.equal,
+        recorded=proof.recorded_hash,
+        replayed=proof.replayed_hash,
+        differences=proof.differences,
+        causes=proof.causes,
+    )
+    return found.with_more(determinism.judge_double_run(run), determinism.double_run_facts(run))
+
+
+def _await(client: Client, run: str, hashes: Sequence[str]) -> None:
+    """A checkpoint is in its file before it is in the store."""
+    deadline = time.monotonic() + _PATIENCE
+    while not set(hashes) <= {row.hash for row in client.checkpoints(run)} and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _first_line(e: OnTheFlyError) -> str:
+    return said(e).splitlines()[0]
