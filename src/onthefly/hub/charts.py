@@ -99,13 +99,15 @@ class Charts:
 
     def _about(self, question: Question) -> tuple[dict[str, tuple[_Stretch, ...]], dict[Pair, Extent]]:
         runs = {run for run, _ in question.series}
-        paths = {run: (_Stretch(run, None, None),) for run in runs}
+        paths: dict[str, tuple[_Stretch, ...]] = {run: (_Stretch(run, None, None),) for run in runs}
         if question.joined:
             rows = self._client.runs()
             lineage, known = Lineage(rows), {row.name for row in rows}
             for run in runs & known:
                 segments = lineage.path(run)
-                paths[run] = tuple(_Stretch(s.run, s.first_step if s.first_step >= 0 else None, s.last_step) for s in segments)
+                paths[run] = tuple(
+                    _Stretch(s.run, s.first_step if s.first_step >= 0 else None, s.last_step) for s in segments
+                )
         involved = {stretch.run for path in paths.values() for stretch in path}
         return paths, charts.extents(self._client.store, involved)
 
@@ -130,8 +132,7 @@ class Charts:
         read = self._read(question, paths, extents, begins)
         found = [read.get(pair, (_EMPTY, 1)) for pair in question.series]
         lines = [
-            _line(series, question, begins[run])
-            for (run, _), (series, _) in zip(question.series, found, strict=True)
+            _line(series, question, begins[run]) for (run, _), (series, _) in zip(question.series, found, strict=True)
         ]
         columns = gridded(lines, question) if question.grid else apart(lines, question.points)
         about = [
@@ -292,7 +293,11 @@ def downsampled(x: np.ndarray, y: np.ndarray, points: int) -> np.ndarray:
     strange = np.flatnonzero(~np.isfinite(y))
     kept = good
     if len(good) > points:
-        kept = good[MinMaxLTTBDownsampler().downsample(x[good], y[good], n_out=points)]
+        kept = good[
+            MinMaxLTTBDownsampler().downsample(  # type: ignore[no-untyped-call]
+                x[good], y[good], n_out=points
+            )
+        ]
     return np.union1d(kept, strange[:: max(1, len(strange) // _STRANGE)])
 
 

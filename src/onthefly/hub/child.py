@@ -90,5 +90,9 @@ def _error(problems: str, code: int) -> OnTheFlyError:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, OnTheFlyError)]
     kind = next((kind for kind in kinds if kind.exit_code == code), CommandError)
     if code == errors.InvalidCommandError.exit_code:  # words that it was given wrong, or that name nothing
-        kind = errors.UnknownReferenceError if "there is no" in message or "neither" in message else errors.InvalidCommandError
+        kind = (
+            errors.UnknownReferenceError
+            if "there is no" in message or "neither" in message
+            else errors.InvalidCommandError
+        )
     return kind(message)

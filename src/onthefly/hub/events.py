@@ -52,7 +52,9 @@ def after(store: Store, cursor: Cursor, now: Cursor, limit: int) -> Page:
         left = limit - len(found)
         place = (session, seen.get(session, 0))
         rows = [
-            row for row in queries.events(store, session=session, after=place, limit=left + 1) if row.seq <= now[session]
+            row
+            for row in queries.events(store, session=session, after=place, limit=left + 1)
+            if row.seq <= now[session]
         ]
         found += rows[:left]
         if len(rows) > left:

@@ -43,7 +43,7 @@ def extents(store: Store, runs: Collection[str] | None = None) -> dict[tuple[str
     with store.read() as connection:
         for run, name, generation, count, newest in connection.execute(wanted):
             found.setdefault((run, name), []).append((int(generation), int(count), int(newest)))
-        standing = {name: generation for name, generation in connection.execute(now)}
+        standing: dict[str, int] = {row.name: row.generation for row in connection.execute(now)}
     return {
         key: Extent(
             points=sum(count for _, count, _ in rows),
@@ -69,9 +69,13 @@ def last_values(store: Store, names: Sequence[str]) -> dict[str, dict[str, float
     """For every run, the last value of each of those metrics that it has."""
     table = schema.metric_chunk
     newest = (
-        select(func.max(table.c.id)).where(table.c.name.in_(names)).group_by(table.c.run, table.c.generation, table.c.name)
+        select(func.max(table.c.id))
+        .where(table.c.name.in_(names))
+        .group_by(table.c.run, table.c.generation, table.c.name)
     )
-    wanted = select(table.c.run, table.c.name, table.c["values"]).where(table.c.id.in_(newest)).order_by(table.c.generation)
+    wanted = (
+        select(table.c.run, table.c.name, table.c["values"]).where(table.c.id.in_(newest)).order_by(table.c.generation)
+    )
     found: dict[str, dict[str, float]] = {}
     with store.read() as connection:
         for run, name, values in connection.execute(wanted):

@@ -97,7 +97,9 @@ def last(store: Path) -> Note | None:
     """Where the newest hub of a store listens, or did."""
     try:
         value = json.loads((_folder(store) / "hub.json").read_text("utf-8"))
-        return Note(int(value["pid"]), str(value["url"]), int(value["port"]), tuple(value["stores"]), str(value["home"]))
+        return Note(
+            int(value["pid"]), str(value["url"]), int(value["port"]), tuple(value["stores"]), str(value["home"])
+        )
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

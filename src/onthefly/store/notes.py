@@ -1,6 +1,6 @@
 """What people write about runs: notes and tags, one file a run, beside the history and no part of it.
 
-    <store>/notes/<run>.json  {"notes": "...", "tags": ["..."]}
+<store>/notes/<run>.json  {"notes": "...", "tags": ["..."]}
 """
 
 from __future__ import annotations

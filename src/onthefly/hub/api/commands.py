@@ -29,7 +29,10 @@ _IN_LIST = {commands.PinCheckpoint.kind, commands.RemoveCheckpoint.kind, command
 Wait = Annotated[float, Query(ge=0, le=30, description="Seconds to wait for the answer.")]
 Key = Annotated[
     str | None,
-    Query(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Names the command: sent twice under one key, it is carried out once."),
+    Query(
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        description="Names the command: sent twice under one key, it is carried out once.",
+    ),
 ]
 
 

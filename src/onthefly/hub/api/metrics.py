@@ -105,7 +105,9 @@ def get_csv(
             series = store.client.series(of, one)
             text = io.StringIO()
             writer = csv.writer(text)
-            for step, time, value in zip(series.steps.tolist(), series.times.tolist(), series.values.tolist(), strict=True):
+            for step, time, value in zip(
+                series.steps.tolist(), series.times.tolist(), series.values.tolist(), strict=True
+            ):
                 writer.writerow((_plain(of), _plain(one), step, repr(time), repr(value)))
                 if text.tell() > 1 << 16:
                     yield text.getvalue()

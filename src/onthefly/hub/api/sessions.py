@@ -42,9 +42,7 @@ def session_view(store: OpenStore, row: SessionRow, generations: dict[str, int])
     alive = row.ended is None and store.client.store.is_alive(row)
     pace = store.pace(row, generations.get(row.run, 0)) if alive else Pace(None, None)
     own = {name: getattr(row, name) for name in SessionView.model_fields if hasattr(row, name)}
-    return SessionView(
-        **own, alive=alive, resumable=row.launch is not None, speed=pace.speed, memory=pace.memory
-    )
+    return SessionView(**own, alive=alive, resumable=row.launch is not None, speed=pace.speed, memory=pace.memory)
 
 
 @router.get("")
