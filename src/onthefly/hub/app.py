@@ -95,7 +95,8 @@ def create_app(
         headers = {"Cache-Control": "no-cache"}
         return FileResponse(page, headers=headers) if page.is_file() else HTMLResponse(_NOT_BUILT, headers=headers)
 
-    app.mount("/", GZipMiddleware(_Files(directory=web, check_dir=False), minimum_size=1024))
+    if web.is_dir():
+        app.mount("/", GZipMiddleware(_Files(directory=web), minimum_size=1024))
     app.add_middleware(Guard, keys=keys, allowed=tuple(allow_hosts), limits=limits)
     return app
 
