@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -65,11 +66,13 @@ class Hub:
         self.bare.cookies.clear()
         return answer.headers["set-cookie"].partition(";")[0]
 
+    @contextmanager
     def tab(self, **headers):
         """A WebSocket as a page has one."""
         how = {"Cookie": self.cookie(), "Origin": self.base} | headers
         url = self.base.replace("http", "ws", 1) + "/api/v1/live"
-        return Tab(connect(url, additional_headers={k: v for k, v in how.items() if v is not None}, proxy=None))
+        with connect(url, additional_headers={k: v for k, v in how.items() if v is not None}, proxy=None) as socket:
+            yield Tab(socket)
 
     def end(self):
         self.http.close()
@@ -108,12 +111,6 @@ class Tab:
             if condition(found):
                 return found
         raise AssertionError("no such frame came")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.socket.close()
 
 
 @pytest.fixture
