@@ -144,3 +144,48 @@ def test_a_certificate_that_cannot_be_read_is_said(own_store, play, tmp_path):
     with pytest.raises(HubError, match="cannot serve"):
         serve([own_store], Where(tls_cert=bad, tls_key=bad), on_ready=print)
     assert not hubs.is_served(own_store)
+
+
+@pytest.fixture
+def end_hub_of():
+    """Ends the hubs that sessions have started, which belong to nobody."""
+    stores = []
+    yield stores.append
+    for store in stores:
+        if (note := hubs.running(store)) is not None:
+            os.kill(note.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", ["config", "environment"])
+def test_a_session_starts_a_hub_that_outlives_it_and_the_next_one_finds(tmp_path, end_hub_of, wait_until, how):
+    store = tmp_path / "store"
+    end_hub_of(store)
+    asked = "True" if how == "config" else "False"
+    code = (
+        "import sys, torch, onthefly\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        f"config = onthefly.SessionConfig(store=sys.argv[1], ui={asked})\n"
+        "with onthefly.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), config=config) as session:\n"
+        "    for _ in session.steps(3): session.log(loss=1.0)\n"
+    )
+    environment = {**os.environ, "ONTHEFLY_UI": "1" if how == "environment" else "0"}
+    told = []
+    for _ in range(2):
+        words = [sys.executable, "-W", "error", "-c", code, str(store)]
+        done = subprocess.run(words, env=environment, check=True, stderr=subprocess.PIPE, text=True)
+        told.append(next(line.partition(": http")[2] for line in done.stderr.splitlines() if "dashboard" in line))
+        wait_until(lambda: hubs.running(store))  # in its own time, after the first session has ended
+    assert told[0] == told[1]
+    assert httpx.get(f"http{told[0]}").status_code == 303
+
+
+def test_what_keeps_a_hub_from_starting_never_keeps_a_training(tmp_path, caplog):
+    from onthefly.control import dashboard
+
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "token").write_text("read by all")
+    (tmp_path / "hub" / "token").chmod(0o644)
+    said = []
+    dashboard.show(tmp_path, said.append)
+    assert said == []
+    assert "no dashboard" in caplog.text
