@@ -166,13 +166,17 @@ class Charts:
         wanted: dict[str, list[str]] = {}
         for run, name in question.series:
             wanted.setdefault(run, []).append(name)
+        heads: dict[str, int] = {}
+        if question.low is not None or question.high is not None or question.joined:
+            for (run, _), (_, _, last) in charts.spans(self._client.store).items():
+                heads[run] = max(heads.get(run, 1), last)
         for run, names in wanted.items():
             for stretch in paths[run]:
                 there = {name: extent for name in names if (extent := extents.get((stretch.run, name))) is not None}
                 if not there:
                     continue
                 low, high = self._bounds(question, stretch, there, begins[run])
-                share = self._share(stretch.run, low, high)
+                share = _share(heads.get(stretch.run, 1), low, high)
                 for (resolution, generations), some in _by_reading(question, there, share).items():
                     got = charts.read(
                         self._client.store,
@@ -210,12 +214,12 @@ class Charts:
         highs = [int(np.ceil(edge)) for edge in (high, stretch.last) if edge is not None]
         return max(lows, default=None), min(highs, default=None)
 
-    def _share(self, run: str, low: int | None, high: int | None) -> float:
-        """Which part of a run's points lies between two steps, about."""
-        if low is None and high is None:
-            return 1.0
-        head = max(1, self._client.heads().get(run, (1, 0))[0])
-        return min(1.0, max(0.0, (head if high is None else min(high, head)) - max(low or 0, 0)) / head)
+
+def _share(head: int, low: int | None, high: int | None) -> float:
+    """Which part of a run's points lies between two steps, about."""
+    if low is None and high is None:
+        return 1.0
+    return min(1.0, max(0.0, (head if high is None else min(high, head)) - max(low or 0, 0)) / head)
 
 
 def _by_reading(
