@@ -59,6 +59,9 @@ def create_app(
     async def living(app: FastAPI) -> AsyncIterator[None]:
         # Each thread may hold a connection to a database, and a pool has fifteen.
         anyio.to_thread.current_default_thread_limiter().total_tokens = limits.threads
+        # FastAPI puts its routes together when they are first looked at: now, rather than while the first page waits.
+        for route in app.router.routes:
+            route.matches({"type": "http", "method": "GET", "path": f"{API}/", "root_path": "", "headers": []})
         yield
         opened.close()
 
