@@ -33,7 +33,7 @@ test-long: .venv/stamp
 # Every benchmark runs, also after one has missed its target.
 bench: .venv/stamp
 	@failed=0; for name in start_up log_call step_overhead pause_latency checkpoint sample_selectors dynamics scan fork fisher merge \
-		reports; do \
+		reports hub; do \
 		$(BIN)/python benchmarks/$$name.py || failed=1; done; exit $$failed
 
 # What docs/results/ reports, measured again: real data, 10 seeds. Figures go to results/.
