@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint bench clean
+.PHONY: demo test test-long lint bench results clean
 
 # The stamp is remade when what it was made from changes.
 .venv/stamp: pyproject.toml constraints.txt
@@ -28,8 +28,16 @@ test-long: .venv/stamp
 
 # Every benchmark runs, also after one has missed its target.
 bench: .venv/stamp
-	@failed=0; for name in start_up log_call step_overhead pause_latency checkpoint sample_selectors dynamics scan fisher; do \
+	@failed=0; for name in start_up log_call step_overhead pause_latency checkpoint sample_selectors dynamics scan fork fisher; do \
 		$(BIN)/python benchmarks/$$name.py || failed=1; done; exit $$failed
+
+# What docs/results/ reports, measured again: real data, 10 seeds. Figures go to results/.
+results: .venv/stamp
+	$(BIN)/python benchmarks/results/label_errors.py
+	$(BIN)/python benchmarks/results/forking.py
+	$(BIN)/python benchmarks/results/merging_tasks.py
+	$(BIN)/python benchmarks/results/merging_soups.py
+	$(BIN)/python benchmarks/results/merge_floor.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage
