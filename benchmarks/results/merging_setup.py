@@ -23,7 +23,6 @@ from onthefly.merging.recalibrate import recalibrate
 from onthefly.merging.registry import STRATEGIES
 from onthefly.samples.scan import per_sample_loss
 
-State = dict[str, Tensor]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 LOSS = nn.CrossEntropyLoss()
@@ -67,15 +66,18 @@ def trained(
     *,
     lr: float = 1e-3,
     weight_decay: float = 1e-2,
+    falls: bool = False,
     augment: Augment | None = None,
     on_step: Callable[[int, nn.Module], object] = lambda step, model: None,
 ) -> nn.Module:
-    """A copy of a model after so many steps of AdamW, batches drawn epoch by epoch."""
+    """A copy of a model after so many steps of AdamW, batches drawn epoch by epoch; `falls`: the rate does, to zero, evenly."""
     model = copy.deepcopy(start).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     draw = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # dropout
     for step, rows in enumerate(itertools.islice(_drawn(len(labels), draw), steps), 1):
+        if falls:
+            optimizer.param_groups[0]["lr"] = lr * (1 - (step - 1) / steps)
         inputs = images[rows] if augment is None else augment(images[rows], draw)
         LOSS(model(inputs), labels[rows]).backward()
         optimizer.step()
@@ -89,10 +91,6 @@ def _drawn(count: int, draw: torch.Generator) -> Iterator[Tensor]:
         for rows in torch.randperm(count, generator=draw).split(BATCH):
             if len(rows) > 1 or count == 1:  # a batch norm refuses one sample
                 yield rows
-
-
-def state_of(model: nn.Module) -> State:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
