@@ -150,7 +150,7 @@ def refusals(kinds: tuple[str, str], parents: Mapping[str, Parent], family: Fami
             measured = "grams" if "grams" in strategy.needs else "true"
 
             def attempt(name: str = strategy.name, measured: str = measured) -> None:
-                statistics = [statistics_of(parents[k].model, family.data, parents[k].rows) for k in kinds]
+                statistics = [statistics_of(parents[k].model, family.data, parents[k].rows, [measured]) for k in kinds]
                 Family(family.parents, family.base, statistics, family.data).merged(name, measured)
 
             refused(strategy.name, attempt)

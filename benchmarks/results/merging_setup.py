@@ -110,14 +110,21 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return found
 
 
-def statistics_of(model: nn.Module, data: Data, rows: Tensor) -> dict[str, Mapping[str, Tensor]]:
-    """Both kinds of Fisher information and the Gram matrices of a parent, measured on 256 of its own samples, or all."""
+KINDS = ("empirical", "true", "grams")
+"""What can be measured of a parent: two kinds of Fisher information, and Gram matrices."""
+
+
+def statistics_of(
+    model: nn.Module, data: Data, rows: Tensor, kinds: Sequence[str] = KINDS
+) -> dict[str, Mapping[str, Tensor]]:
+    """Measured on 256 of a parent's own samples, or on all where there are fewer."""
     own = data.batches(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))])
-    return {
-        "empirical": diagonal_fisher(model, own, per_sample_loss(LOSS)).diagonal,
-        "true": diagonal_fisher(model, own, kind="true").diagonal,
-        "grams": gram_matrices(model, own).matrices,
+    measure: dict[str, Callable[[], Mapping[str, Tensor]]] = {
+        "empirical": lambda: diagonal_fisher(model, own, per_sample_loss(LOSS)).diagonal,
+        "true": lambda: diagonal_fisher(model, own, kind="true").diagonal,
+        "grams": lambda: gram_matrices(model, own).matrices,
     }
+    return {kind: measure[kind]() for kind in kinds}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -152,7 +153,23 @@ def tables(title: str, seeds: list[dict[str, Any]]) -> str:
         )
     ]
     order = table(["strategy", "less", "default options", "options chosen"], pairs)
+    often = "; ".join(
+        f"{name} {chosen[0]} ({chosen[1]})" for name in seeds[0]["merges"] if (chosen := chosen_most(name, seeds))
+    )
+    order += f"\n\nOptions chosen most often (in how many of {len(seeds)} seeds): {often}."
     return f"### {title}\n\n{own}\n{table(head, rows)}\n\nThe published order, as paired differences:\n\n{order}\n"
+
+
+def chosen_most(name: str, seeds: list[dict[str, Any]]) -> tuple[str, int] | None:
+    """None where there was none to choose, or weights that were drawn for each seed."""
+    told = [
+        " ".join(f"{key}={value}" for key, value in seed["merges"][name]["options"].items() if key != "seed")
+        or "by default"
+        for seed in seeds
+    ]
+    if name in ("swa", "weighted", "greedy"):
+        return None
+    return Counter(told).most_common(1)[0]
 
 
 def main() -> None:
