@@ -40,6 +40,9 @@ bench: .venv/stamp
 results: .venv/stamp
 	$(BIN)/python benchmarks/results/label_errors.py
 	$(BIN)/python benchmarks/results/forking.py
+	$(BIN)/python benchmarks/results/merging_tasks.py
+	$(BIN)/python benchmarks/results/merging_soups.py
+	$(BIN)/python benchmarks/results/merge_floor.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage
