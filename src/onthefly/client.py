@@ -259,13 +259,7 @@ class Client:
         A session that is on its run does it at its next step boundary; without one it is done at once. Raises
         `UnknownReferenceError`, `AmbiguousError`, and what `command` raises.
         """
-        row = self._recorded(ref)
-        if (session := self._session_on(row.run)) is not None:
-            return self.command("pinCheckpoint", session.id, timeout=timeout, path=str(row.path), pinned=pinned)
-        from onthefly.store import catalog
-
-        catalog.pin(self.store, row, pinned)
-        return {**_told(row), "pinned": pinned}
+        return self._pin(self._recorded(ref), pinned, timeout)
 
     def remove(self, ref: str, *, force: bool = False, timeout: float = _TIMEOUT) -> Result:
         """Remove a checkpoint with its file; its row stays, as a tombstone. Done by the same hands as `pin`.
@@ -457,7 +451,7 @@ class Client:
     def merge(
         self,
         refs: Sequence[str],
-        strategies: Sequence[str] = ("swa",),
+        strategies: str | Sequence[str] = "swa",
         *,
         base: str | None = None,
         options: Mapping[str, Any] | None = None,
@@ -478,24 +472,24 @@ class Client:
     ) -> Result:
         """Merge the checkpoints that REFs name, and judge what comes of it; with `commit` the session goes on with one of them.
 
-        The name of the run that the session is on means its present state. `strategies` are names, or ``["all"]``; `base`
-        is what the parents come from, by default where the first of them left their common ancestor. The rest is in
+        The name of the run that the session is on means its present state. `strategies` is a name or several, or ``"all"``; `base`
+        is what the parents come from, by default where the first of them left their nearest common ancestor. The rest is in
         `commands.MergeRuns`. The result is a table: ``scores`` by column (parents, ``now``, strategies) and slice, with what is ``best`` of
         each slice, where a strategy is ``worse`` than the best parent, why (``explained``), what was ``skipped``, and
         ``committed``, or why it was ``refused``.
         """
         target = self.session(how.get("session"))
         parents = [None if ref == target.run else self._recorded(ref) for ref in refs]
-        whence = (
-            self._recorded(base)
-            if base is not None
-            else self._fork_point([r.run if r else target.run for r in parents])
-        )
-        result = self.command(
+        whence = self._fork_point(parents, target.run) if base is None else self._recorded(base)
+        if commit is not None:
+            for row in (*parents, whence):  # another process may let go of what the merge will stand on
+                if row is not None and not row.pinned and self._session_on(row.run) not in (None, target):
+                    self._pin(row, True)
+        return self.command(
             "mergeRuns",
             parents=[_as_parent(row) for row in parents],
             base=None if whence is None else _as_parent(whence),
-            strategies=list(strategies),
+            strategies=[strategies] if isinstance(strategies, str) else list(strategies),
             options=dict(options or {}),
             weights=None if weights is None else list(weights),
             data=data,
@@ -512,12 +506,6 @@ class Client:
             samples=samples,
             **how,
         )
-        if result.get("committed"):
-            for row in parents:
-                # Another process may let go of what the merge stands on.
-                if row is not None and self._session_on(row.run) not in (None, target):
-                    self.pin(f"{row.run}@{row.step}")
-        return result
 
     def subset(
         self, recipe: Recipe | str | None = None, *, selection: str | None = None, **how: Unpack[Delivery]
@@ -840,11 +828,29 @@ class Client:
         config = queries.configs(self.store).get(run or "", {})
         return str(config.get("best_metric", "val_loss"))
 
-    def _fork_point(self, runs: Sequence[str]) -> CheckpointRow | None:
-        """The checkpoint that all these runs come from, if it is still there."""
-        content = Lineage(self.runs()).fork_point(runs)
-        rows = [row for row in self.checkpoints() if content and row.hash == content and row.path.exists()]
-        return rows[0] if rows else None
+    def _pin(self, row: CheckpointRow, pinned: bool, timeout: float = _TIMEOUT) -> Result:
+        if (session := self._session_on(row.run)) is not None:
+            return self.command("pinCheckpoint", session.id, timeout=timeout, path=str(row.path), pinned=pinned)
+        from onthefly.store import catalog
+
+        catalog.pin(self.store, row, pinned)
+        return {**_told(row), "pinned": pinned}
+
+    def _fork_point(self, parents: Sequence[CheckpointRow | None], live: str) -> CheckpointRow | None:
+        """The checkpoint that all of these come from, if it is still there. None stands for the head of the run that is live.
+
+        It is of their nearest common ancestor: where the first line left it, or that one of its own checkpoints among them that is
+        earlier still.
+        """
+        lineage = Lineage(self.runs())
+        names = [live if row is None else row.run for row in parents]
+        ancestor = lineage.nearest_common(names)
+        if ancestor is None:
+            return None
+        contents = {content for name in names for content in lineage.departures(name, ancestor)}
+        rows = [row for row in self.checkpoints(ancestor) if row.hash in contents]
+        rows += [row for row in parents if row is not None and row.run == ancestor]
+        return min((row for row in rows if row.path.exists()), key=lambda row: (row.generation, row.step), default=None)
 
     def _session_on(self, run: str) -> SessionRow | None:
         return next((session for session in self.sessions(alive=True) if session.run == run), None)

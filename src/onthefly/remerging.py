@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from onthefly.checkpoints.format import open_checkpoint
 from onthefly.checkpoints.weights import entry, value_of
 from onthefly.comparison import differences
 from onthefly.errors import CheckpointNotFoundError, CommandError, CorruptCheckpointError
-from onthefly.merging.parents import Parent, open_parent
-from onthefly.merging.streaming import merge_files
+from onthefly.merging.parents import Parent
+from onthefly.merging.streaming import merge_mapped
 from onthefly.runs import manifest
+from onthefly.runs.replay import workroom
 from onthefly.store import queries
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ _NAMED = 20  # differences that are written out
 
 @dataclass(frozen=True)
 class MergeProof:
-    """What a merge gave when it was computed again. `equal` says it all; `differences` is empty then."""
+    """What a merge gave when it was computed again. `equal` says it all; `differences` is empty then.
+
+    `regmean`, `lora` and `slerp` promise equal bits for one machine only.
+    """
 
     run: str
     strategy: str
@@ -49,18 +52,19 @@ def prove(store: Store, run: RunRow) -> MergeProof:
     if run.kind != "merge" or run.manifest is None or run.base is None:
         raise CommandError(f"{run.name} did not begin from a merge")
     told = manifest.read(store.manifests_dir / f"{run.manifest[:16]}.json")
-    how = told.merge or {}
+    how = told.merge
+    if how is None:
+        raise CommandError(f"the manifest of {run.name} does not tell how it was merged")
     rows = queries.checkpoints(store)
-    parents = [_parent(rows, parent.hash, f"{parent.run}@{parent.step}", how["part"]) for parent in told.parents]
-    if members := how.get("members"):
-        parents = [next(parent for parent in parents if parent.hash == content) for content in members]
+    names = {parent.hash: f"{parent.run}@{parent.step}" for parent in told.parents}
+    parents = [_parent(rows, content, names.get(content, content[:12]), how["part"]) for content in how["members"]]
     base = None if how["base"] is None else _parent(rows, how["base"], "the base", how["part"])
     origin = next((row for row in rows if row.hash == run.base["hash"] and row.path.exists()), None)
     if origin is None:
         raise _gone(run.base["hash"], f"the beginning of {run.name}")
     committed = _model(origin, how["part"])
-    with tempfile.TemporaryDirectory(prefix=".verify-", dir=origin.path.parent) as folder:
-        again = _merged(how, parents, base, _statistics(store, how["statistics"]), Path(folder) / "again.safetensors")
+    with workroom(origin.path, ".verify-") as folder:
+        again = _merged(how, parents, base, _statistics(store, how["statistics"]), folder)
     calibrated = tuple(how["recalibrated"]["buffers"])
     compared = [name for name in again if name not in calibrated]
     found = [
@@ -73,25 +77,17 @@ def prove(store: Store, run: RunRow) -> MergeProof:
     ]
     if len(found) > _NAMED:
         found = [*found[:_NAMED], f"and {len(found) - _NAMED} more"]
-    names = tuple(f"{parent.run}@{parent.step}" for parent in told.parents)
-    return MergeProof(run.name, how["strategy"], names, origin.hash, len(compared), calibrated, not found, found)
+    merged_from = tuple(names.values())
+    return MergeProof(run.name, how["strategy"], merged_from, origin.hash, len(compared), calibrated, not found, found)
 
 
 def _merged(
-    how: Mapping[str, Any], parents: Sequence[Parent], base: Parent | None, statistics: Sequence[Parent], out: Path
+    how: Mapping[str, Any], parents: Sequence[Parent], base: Parent | None, statistics: Sequence[Parent], folder: Path
 ) -> dict[str, Any]:
     if len(parents) == 1:  # a soup in which nobody was better than its best
         return dict(parents[0].tensors)
-    merge_files(
-        parents,
-        how["strategy"],
-        how["options"],
-        out=out,
-        weights=how["weights"],
-        base=base,
-        statistics=statistics or None,
-    )
-    return open_parent(out).tensors
+    more = {"weights": how["weights"], "base": base, "statistics": statistics or None}
+    return merge_mapped(parents, how["strategy"], how["options"], folder=folder, **more).tensors
 
 
 def _parent(rows: Sequence[CheckpointRow], content: str, label: str, part: str) -> Parent:

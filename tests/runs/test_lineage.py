@@ -93,23 +93,24 @@ def test_a_short_way_to_an_old_run_does_not_hide_a_nearer_one():
     assert Lineage.of(rows).common_ancestor("a", "b") == "near"
 
 
-def test_the_fork_point_is_where_the_first_left_the_common_line():
+def test_departures_are_where_lines_left_an_ancestor():
     rows = [
         root("baseline"),
         child("fork1", "baseline", step=10),
         child("fork2", "baseline", step=20),
         child("fork3", "fork1", step=15),
-        child("merge1", "baseline", "fork1", step=30),
+        child("merge1", "fork2", "fork1", step=30),
         root("other"),
     ]
     lineage = Lineage.of(rows)
-    assert lineage.fork_point(["fork1", "fork2"]) == "baseline for fork1"
-    assert lineage.fork_point(["baseline", "fork2"]) == "baseline for fork2"
-    assert lineage.fork_point(["fork3", "fork1"]) == "fork1 for fork3"
-    assert lineage.fork_point(["fork3", "fork2", "baseline"]) == "baseline for fork1"
-    assert lineage.fork_point(["merge1", "fork2"]) == "baseline for fork2"
-    assert lineage.fork_point(["baseline", "baseline"]) is None
-    assert lineage.fork_point(["fork1", "other"]) is None
+    assert lineage.nearest_common(["fork3", "fork2", "fork1"]) == "baseline"
+    assert lineage.nearest_common(["fork3", "fork1"]) == "fork1"
+    assert lineage.nearest_common(["fork1", "other"]) is None
+    assert lineage.departures("fork3", "baseline") == ("baseline for fork1",)
+    assert lineage.departures("fork3", "fork1") == ("fork1 for fork3",)
+    assert set(lineage.departures("merge1", "baseline")) == {"baseline for fork1", "baseline for fork2"}
+    assert lineage.departures("merge1", "fork1") == ("fork1 for merge1",)
+    assert lineage.departures("baseline", "baseline") == ()
 
 
 def test_of_several_nearest_common_ancestors_the_one_least_far_and_then_the_newest_is_taken():

@@ -29,6 +29,16 @@ scalars = st.none() | st.booleans() | st.integers() | st.integers(-(2**200), 2**
 values = st.recursive(scalars, lambda part: st.lists(part, max_size=4) | st.dictionaries(st.text(), part, max_size=4))
 objects = st.dictionaries(st.text(), values, max_size=3)
 parents = st.builds(Parent, st.text(), st.integers(0), st.integers(0), st.text("0123456789abcdef", min_size=1))
+MERGE = {
+    "strategy": "fisher",
+    "part": "model",
+    "options": {"floor": 1e-6},
+    "weights": None,
+    "base": None,
+    "members": ["ab" * 32, "cd" * 32],
+    "statistics": [{"file": "abab-fisher.safetensors", "hash": "ef" * 32}],
+    "recalibrated": {"buffers": ["1.running_mean"], "samples": 8},
+}
 manifests = st.builds(
     Manifest,
     run=st.text(),
@@ -41,7 +51,7 @@ manifests = st.builds(
     parents=st.lists(parents, max_size=3),
     selection=st.none() | objects,
     changes=objects,
-    merge=st.none() | objects,
+    merge=st.none() | st.just(MERGE),
 )
 
 FORK = Manifest(
@@ -197,9 +207,24 @@ def test_a_change_of_any_field_is_another_manifest():
         replace(FORK, parents=(Parent("baseline", 120, 3, "cd" * 32),)),
         replace(FORK, selection=None),
         replace(FORK, changes={}),
-        replace(FORK, merge={"strategy": "swa"}),
+        replace(FORK, merge=MERGE),
     ]
     assert len({manifest.digest for manifest in [FORK, *others]}) == 1 + len(others) == len(asdict(FORK))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"statistics": [1]},
+        {"statistics": [{"file": "../../passwd", "hash": "ef"}]},
+        {"statistics": [{"file": "/etc/passwd", "hash": "ef"}]},
+        {"members": None},
+        {"part": 3},
+    ],
+)
+def test_a_merge_that_could_not_be_computed_again_is_no_manifest(wrong):
+    with pytest.raises(InvalidCommandError, match="merge"):
+        replace(FORK, merge={**MERGE, **wrong})
 
 
 def test_it_does_not_change_with_what_it_was_given():

@@ -31,26 +31,32 @@ def preview(answer: Mapping[str, Any]) -> str:
 
 def _cell(column: str, name: str, score: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
     value = score.get(answer["metric"])
-    text = "nan" if value is None else f"{value:.1%}" if answer["metric"] == "accuracy" else render.number(value)
+    text = f"{value:.1%}" if answer["metric"] == "accuracy" and value is not None else _number(value)
     if answer["best"][name] == column:
         return click.style(f"{text} ◂", fg="green", bold=True)
     return click.style(text, fg="red") if name in answer["worse"].get(column, ()) else text
+
+
+def _number(value: float | None) -> str:
+    """None stands for what is no finite number."""
+    return "nan" if value is None else render.number(value)
 
 
 def _notes(answer: Mapping[str, Any]) -> list[str]:
     lines = [f"* decides, by {answer['metric']}; ◂ is the best of its row; red is worse than the best parent"]
     for pair in answer.get("explained", {}).get("pairs", ()):
         overall = pair["overall"]
-        words = [f"distance {render.number(overall['distance'])}"]
+        words = [f"distance {_number(overall['distance'])}"]
         if overall.get("cosine") is not None:
             words.append(f"cosine {render.number(overall['cosine'])}")
         if overall.get("agreement") is not None:
             words.append(f"{overall['agreement']:.0%} of signs agree")
         lines.append(f"{pair['first']} and {pair['second']}: {', '.join(words)}")
     for path in answer.get("explained", {}).get("paths", ()):
-        losses = " ".join("nan" if loss is None else render.number(loss) for loss in path["losses"])
-        barrier = "unbounded" if path["barrier"] is None else render.number(path["barrier"])
-        lines.append(f"loss from {path['first']} to {path['second']}: {losses} (barrier {barrier})")
+        losses = " ".join(map(_number, path["losses"]))
+        lines.append(f"loss from {path['first']} to {path['second']}: {losses} (barrier {_number(path['barrier'])})")
+    if answer.get("unmerged"):
+        lines.append(f"{', '.join(answer['unmerged'])}: tracked, not merged, and as it was")
     lines += [f"{name} was left out: {reason}" for name, reason in answer.get("skipped", {}).items()]
     return lines
 

@@ -141,7 +141,7 @@ def test(session: Session, command: commands.TestRun) -> Result:
     model = session.model()
     saving = session.save("test", goes_on=False) if command.save else None  # it is written while the model is tested
     began = time.perf_counter()
-    with undisturbed(model, loader):
+    with undisturbed(model, loader, session.inputs.loss_fn):
         numbers = evaluate(model, one_pass(loader), session.inputs.loss_fn)
     seconds = time.perf_counter() - began
     result = {"data": command.data, **numbers, "seconds": seconds, **(told(saving.result()) if saving else {})}

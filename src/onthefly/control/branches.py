@@ -13,8 +13,9 @@ checkpoint of the boundary at which it was left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -181,20 +182,30 @@ class Branches:
         left = self._leave()
         before = self._before()
         line = Line(self._new_run(name, "merge", [(run, kept.hash) for run, kept in parents]), 0)
+        ring = Ring(self._start.folder, self._history, self._start.config)
+        kept: Kept | None = None
         try:
-            ring = Ring(self._start.folder, self._history, self._start.config)
             kept = self._checkpointer.save_value(value, line, ring)
             value, file = self._checkpointer.read(kept.path, kept.hash)
+            # Before the run is gone on with, or a death in between would leave it without.
+            self._record_birth(line, born, kept.step, kept.epoch)
+            ready = self._put_back(value, file)
         except OnTheFlyError:
             self._history.run_status("failed", line.run)
+            if kept is not None:
+                ring.discard(kept)
             raise
-        ready = self._put_back(value, file)
         self._begins(line.run, "merge", kept, parents, None, born, how)
         names = [run for run, _ in parents]
         self._go_to(line, [], "merge", before, [kept], kind="merge", parents=names, hash=kept.hash)
         self._settle_statuses(left)
         self._checkpointer.adopt(kept)
-        self._give_birth(born, ready)
+        self._birth = list(born)
+        if ready:
+            for change in born:
+                self._changes.apply(change)
+        else:
+            self._changes.expect([Due(kept.step, kept.epoch, change) for change in born])
         return {"run": line.run, "from": left, "parents": names, "path": str(kept.path), "hash": kept.hash}
 
     def switch(self, name: str, *, reason: str = "switch") -> Result:
@@ -270,6 +281,14 @@ class Branches:
         undone = str(change.data.get("kind") or change.data.get("reason") or change.kind)
         self._history.event("undo", *self._place(), undone=[change.session, change.seq], command=undone)
         return {"undone": undone, **result}
+
+    def needing(self, paths: Iterable[Path]) -> AbstractContextManager[None]:
+        """Retention leaves these files meanwhile."""
+        return self._checkpointer.ring.needing(paths)
+
+    def pin(self, path: Path, content: str) -> None:
+        """Keep a checkpoint of whatever run."""
+        self._history.pinned(str(path), content, True)
 
     def root_began(self, origin: Future[Kept]) -> None:
         """Write the manifest of a run that began with this process, once its origin is durable."""

@@ -1,25 +1,27 @@
 """Merging in a live session: candidates are made from files, judged one at a time, and only then is one of them gone on with,
 on all of the data.
 
-Training stands meanwhile. Until a merge is committed nothing of it is left, but what was measured of the parents, which
-stands in the store under the hash of the checkpoint that it is of.
+Training stands meanwhile. Until a merge is committed nothing of it is left, but a checkpoint of the present state, as of a scan, and what was
+measured of the parents, which stands in the store under the hash of the checkpoint that it is of.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import secrets
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
+from torch import nn
 
 from onthefly.checkpoints.format import open_checkpoint, write
-from onthefly.checkpoints.weights import entry, value_of
+from onthefly.checkpoints.weights import entry, value_in
 from onthefly.control import commands
 from onthefly.control.branches import Branches
 from onthefly.control.checkpointer import Save
@@ -30,8 +32,10 @@ from onthefly.control.start import Start
 from onthefly.errors import (
     CheckpointError,
     CommandError,
+    CorruptCheckpointError,
     InvalidCommandError,
     MissingPartError,
+    OnTheFlyError,
     StateMismatchError,
     UnknownReferenceError,
     said,
@@ -41,14 +45,16 @@ from onthefly.merging.bench import Bench, Tensors
 from onthefly.merging.explain import compare, linear_path
 from onthefly.merging.fisher import diagonal_fisher
 from onthefly.merging.grams import gram_matrices
-from onthefly.merging.parents import Parent, open_parent
-from onthefly.merging.preview import Preview, Scores
+from onthefly.merging.parents import Parent
+from onthefly.merging.preview import Metric, Preview, Scores
 from onthefly.merging.registry import STRATEGIES, Strategy, strategy_named
 from onthefly.merging.strategies import greedy
-from onthefly.merging.streaming import Merged, merge_files
+from onthefly.merging.streaming import Mapped, merge_mapped
+from onthefly.runs import names as naming
 from onthefly.samples.loading import batches
 from onthefly.samples.scan import ScanStopped, per_sample_loss
 from onthefly.state.knobs import Knobs
+from onthefly.state.parts import unwrapped
 from onthefly.state.train_state import TrainState, Value
 from onthefly.state.undisturbed import undisturbed
 from onthefly.store import queries
@@ -57,6 +63,9 @@ from onthefly.store.projection import project
 Result = dict[str, Any]
 
 GREEDY = "greedy"
+NOW = "now"
+_SUBSET = "'s samples"  # ends the name of the slice of a parent's own samples
+_CLASS = "class "
 
 
 @dataclass(frozen=True)
@@ -67,12 +76,16 @@ class _Member:
     run: str
     kept: Kept
     value: Value
+    tensors: Tensors
     samples: np.ndarray | None
+
+    def parent(self) -> Parent:
+        return Parent(self.label, self.tensors, self.kept.path, self.kept.hash)
 
 
 @dataclass
 class _Candidate:
-    """What a strategy made, and how. `made` are views of a file that has no name any more."""
+    """What a strategy made, and how. `made` are views of a file without a name."""
 
     name: str
     made: Tensors
@@ -83,6 +96,24 @@ class _Candidate:
     @property
     def tensors(self) -> Tensors:
         return {**self.made, **self.buffers}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A command under way: what is merged, where it is judged, and how good the parents are."""
+
+    command: commands.MergeRuns
+    members: Sequence[_Member]
+    base: _Member | None
+    bench: Bench
+    scores: Mapping[str, Scores]
+    judge: str
+    metric: Metric
+
+    def goodness(self, scores: Scores) -> float:
+        """Higher is better; NaN for what cannot be judged."""
+        score = scores[self.judge]
+        return -score.badness(self.metric)[0] if math.isfinite(score.loss) else math.nan
 
 
 class Merges:
@@ -116,38 +147,44 @@ class Merges:
         training as it was.
         """
         self._demand(command)
-        members = self._members(command.parents)
-        base = None if command.base is None else self._member(command.base)
-        names, skips = _chosen(command, len(members), base is not None, self._tensors(members[0]))
-        given = self._inputs
-        try:
-            with undisturbed(self._sampling.model(), {"train": given.train_loader, "data": self._judges(command)}):
-                bench = self._bench(command, members)
-                made, skipped = self._candidates(command, names, skips, members, base, bench)
-                preview = self._previewed(command, members, made, bench)
-                told = {} if preview is None else {**preview.told(), "explained": self._explained(members, base, bench)}
-        except ScanStopped as e:
-            raise CommandError(f"{e}; nothing was merged") from e
-        finally:
-            self._sampling.progress = None
-        result = {**told, "averaged": {c.name: c.how["averaged"] for c in made}, "skipped": skipped, "committed": None}
-        warnings = {c.name: c.how["warnings"] for c in made if c.how["warnings"]}
-        result |= {"warnings": warnings} if warnings else {}
-        if command.commit is None:
-            return result
-        chosen = _best(command, made, preview)
-        if command.floor and preview is not None and preview.falls_short(chosen.name):
-            parent = preview.best_parent
-            return {
-                **result,
-                "refused": f"{chosen.name} is worse than {parent} on {preview.judge} by {preview.metric}, so nothing was "
-                f"committed: go on with {parent} (onthefly switch), or commit it all the same with --no-floor",
-            }
-        return {**result, "committed": chosen.name, **self._commit(command, members, chosen, told)}
+        named = [parent for parent in (*command.parents, command.base) if parent is not None]
+        # The present state is saved, too, and must not push out what it is to be merged with.
+        with self._branches.needing(Path(parent.path) for parent in named if parent.path is not None):
+            members = self._members(command.parents)
+            base = None if command.base is None else self._member(command.base)
+            names, skips = _chosen(command, len(members), base is not None, members[0].tensors)
+            given = self._inputs
+            try:
+                loaders = {"train": given.train_loader, "data": self._judges(command)}
+                with undisturbed(self._sampling.model(), loaders, given.loss_fn):
+                    task = self._task(command, members, base)
+                    made, skipped = self._candidates(task, names, skips)
+                    preview = self._previewed(task, made)
+                    told = {} if preview is None else preview.told()
+                    if preview is not None and command.commit is None:
+                        told["explained"] = self._explained(task)
+            except ScanStopped as e:
+                raise CommandError(f"{e}; nothing was merged") from e
+            finally:
+                self._sampling.progress = None
+            result = {**told, "averaged": {c.name: c.how["averaged"] for c in made}, "skipped": skipped}
+            result |= {"committed": None, "warnings": {c.name: c.how["warnings"] for c in made if c.how["warnings"]}}
+            if command.commit is None:
+                return result
+            chosen = _best(command.commit, made, preview)
+            if command.floor and preview is not None and preview.falls_short(chosen.name):
+                parent = preview.best_parent
+                return {
+                    **result,
+                    "refused": f"{chosen.name} is worse than {parent} on {preview.judge} by {preview.metric}, so nothing was "
+                    f"committed: go on with {parent} (onthefly switch), or commit it all the same with --no-floor",
+                }
+            return {**result, "committed": chosen.name, **self._commit(task, chosen, told)}
 
     # -- what is asked for -------------------------------------------------------------------------------------
 
     def _demand(self, command: commands.MergeRuns) -> None:
+        """Raise for what could only fail later."""
         given = self._inputs
         if given.model_factory is None:
             raise MissingPartError(
@@ -159,6 +196,11 @@ class Merges:
                 "commit, with --no-floor"
             )
         per_sample_loss(given.loss_fn, given.per_sample_loss)
+        for name in command.slices:
+            if name in (command.data, NOW) or name.startswith(_CLASS) or name.endswith(_SUBSET):
+                raise InvalidCommandError(f"a slice cannot be called {name!r}, which is the name of another row")
+        if command.name is not None:
+            naming.free_name(command.name, ())
 
     def _judges(self, command: commands.MergeRuns) -> Any:
         return self._inputs.val_loader if command.data == "val" else self._inputs.test_loader
@@ -171,8 +213,7 @@ class Merges:
                 raise InvalidCommandError(
                     f"{member.label} and {twin.label} are one state ({member.kept.hash[:12]}): merge different ones"
                 )
-        runs = [member.run for member in found]
-        return [replace(m, label=m.run) if runs.count(m.run) == 1 else m for m in found]
+        return _labelled(found)
 
     def _member(self, parent: commands.MergeParent) -> _Member:
         if parent.path is None:
@@ -189,29 +230,53 @@ class Merges:
             row = rows[-1]
             run = row.run
             kept = Kept(path, row.hash, row.size, row.generation, row.step, row.epoch, row.reason, row.pinned, None)
-        value = value_of(kept.path)
+        file = open_checkpoint(kept.path)
+        if file.hash != kept.hash:
+            raise CorruptCheckpointError(f"{kept.path}: its content is {file.hash[:12]}, not {kept.hash[:12]}")
+        value = value_in(file)
+        tensors = entry(value, self._part())
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise StateMismatchError(f"{run}@{kept.step} has no {self._part()!r} that is made of tensors alone")
         samples = entry(value, "loader/subset")
         chosen = samples.numpy() if isinstance(samples, torch.Tensor) else None
-        return _Member(f"{run}@{kept.step}", run, kept, value, chosen)
+        return _Member(f"{run}@{kept.step}", run, kept, value, tensors, chosen)
 
-    # -- judging -----------------------------------------------------------------------------------------------
+    def _task(self, command: commands.MergeRuns, members: Sequence[_Member], base: _Member | None) -> _Task:
+        """What is needed to judge, with the parents judged already."""
+        bench = self._bench(command, members)
+        judge = command.judge or command.data
+        scores: dict[str, Scores] = {}
+        for number, member in enumerate(members if bench.data is not None else ()):
+            self._sampling.progress = number / (len(members) + 1)
+            scores[member.label] = bench.scores_of(member.tensors)
+            if judge not in bench.slices:
+                there_are = ", ".join(bench.slices)
+                raise InvalidCommandError(f"there is no slice {judge!r} to judge by; there are: {there_are}")
+        if command.metric == "accuracy" and scores and not bench.classifies:
+            raise InvalidCommandError("these are no classifiers, and have no accuracy: judge by loss")
+        metric: Any = command.metric or ("accuracy" if bench.classifies else "loss")
+        return _Task(command, members, base, bench, scores, judge, metric)
 
     def _bench(self, command: commands.MergeRuns, members: Sequence[_Member]) -> Bench:
-        assert self._inputs.model_factory is not None
-        live = self._sampling.model()
-        fresh = self._inputs.model_factory()
+        given, live = self._inputs, self._sampling.model()
+        assert given.model_factory is not None
+        fresh = given.model_factory()
+        if shared := _storages(fresh) & _storages(live):
+            raise InvalidCommandError(
+                f"model_factory gives a model that shares {len(shared)} tensors with the one that is trained: judging would overwrite "
+                "its weights; make every parameter and buffer anew"
+            )
         fresh.to(next((p.device for p in live.parameters()), torch.device("cpu")))
-        given = self._inputs
         bench = Bench(
             model=fresh,
             data=self._judges(command),
             train=given.train_loader,
             losses=per_sample_loss(given.loss_fn, given.per_sample_loss),
-            autocast=self._sampling.autocast or nullcontext,
-            on_batch=lambda done, total: self._sampling.look_up(),
+            autocast=self._sampling.forward,
+            look_up=self._sampling.look_up,
             whole=command.data,
             named=command.slices,
-            subsets={f"{m.label}'s samples": m.samples for m in members if m.samples is not None},
+            subsets={f"{m.label}{_SUBSET}": m.samples for m in members if m.samples is not None},
             recalibrate=command.recalibrate,
         )
         try:
@@ -220,210 +285,190 @@ class Merges:
             raise StateMismatchError(f"model_factory makes another model than the one that is trained: {e}") from e
         return bench
 
-    def _previewed(
-        self, command: commands.MergeRuns, members: Sequence[_Member], made: Sequence[_Candidate], bench: Bench
-    ) -> Preview | None:
-        if bench.data is None:
-            return None
-        scores: dict[str, Scores] = {}
-        for number, member in enumerate(members):
-            self._sampling.progress = number / (len(members) + len(made) + 1)
-            scores[member.label] = bench.scores_of(self._tensors(member))
-        if all(member.kept.hash != self._present() for member in members):
-            scores["now"] = bench.scores_of(_entry(self._state.capture(), self._part()))
-        for number, candidate in enumerate(made):
-            self._sampling.progress = (len(members) + 1 + number) / (len(members) + len(made) + 1)
-            scores[candidate.name] = bench.scores_of(candidate.tensors)
-        judge = command.judge or command.data
-        if judge not in bench.slices:
-            raise InvalidCommandError(f"there is no slice {judge!r} to judge by; there are: {', '.join(bench.slices)}")
-        metric = command.metric or ("accuracy" if bench.classifies else "loss")
-        if metric == "accuracy" and not bench.classifies:
-            raise InvalidCommandError("these are no classifiers, and have no accuracy: judge by loss")
-        labels = tuple(member.label for member in members)
-        return Preview(labels, tuple(c.name for c in made), scores, judge, metric)  # type: ignore[arg-type]
+    # -- judging -----------------------------------------------------------------------------------------------
 
-    def _explained(self, members: Sequence[_Member], base: _Member | None, bench: Bench) -> Result:
+    def _previewed(self, task: _Task, made: Sequence[_Candidate]) -> Preview | None:
+        if task.bench.data is None:
+            return None
+        scores = dict(task.scores)
+        if all(parent.path is not None for parent in task.command.parents):
+            scores[NOW] = task.bench.scores_of(_entry(self._state.capture(), self._part()))
+        for number, candidate in enumerate(made):
+            self._sampling.progress = (number + 1) / (len(made) + 1)
+            scores[candidate.name] = task.bench.scores_of(candidate.tensors)
+        labels = tuple(member.label for member in task.members)
+        return Preview(labels, tuple(c.name for c in made), scores, task.judge, task.metric)
+
+    def _explained(self, task: _Task) -> Result:
         """Why a merge works or does not: how parents stand to each other, and the loss on the way between them."""
-        tensors = [self._tensors(member) for member in members]
-        found = [asdict(one) for one in compare(tensors, None if base is None else self._tensors(base))]
-        for one in found:
+        members, bench = task.members, task.bench
+        tensors = [member.tensors for member in members]
+        base = None if task.base is None else task.base.tensors
+        pairs = [asdict(one) for one in compare(tensors, base, on_piece=self._sampling.look_up)]
+        for one in pairs:
             one["first"], one["second"] = members[one["first"]].label, members[one["second"]].label
         paths = []
         for member, other in zip(members[1:], tensors[1:], strict=True):
             path = linear_path(lambda between: bench.loss_of(between, anew=True), tensors[0], other)
-            told = {"losses": [_json(loss) for loss in path.losses], "barrier": _json(path.barrier)}
-            paths.append({"first": members[0].label, "second": member.label, **told})
-        return {"pairs": [_finite(one) for one in found], "paths": paths}
+            paths.append(
+                {"first": members[0].label, "second": member.label, "losses": path.losses, "barrier": path.barrier}
+            )
+        return {"pairs": _finite(pairs), "paths": _finite(paths)}
 
     # -- candidates --------------------------------------------------------------------------------------------
 
     def _candidates(
-        self,
-        command: commands.MergeRuns,
-        names: Sequence[str],
-        skipped: Mapping[str, str],
-        members: Sequence[_Member],
-        base: _Member | None,
-        bench: Bench,
+        self, task: _Task, names: Sequence[str], skipped: Mapping[str, str]
     ) -> tuple[list[_Candidate], dict[str, str]]:
         made, skips = [], dict(skipped)
         for name in names:
             self._sampling.look_up()
             try:
-                made.append(self._candidate(command, name, members, base, bench))
-            except (CommandError, StateMismatchError) as e:
-                if command.strategies != ["all"]:
+                made.append(self._soup(task) if name == GREEDY else self._candidate(task, strategy_named(name)))
+            except ScanStopped:
+                raise
+            except Exception as e:
+                if task.command.strategies != ["all"]:
                     raise
+                if not isinstance(e, OnTheFlyError):
+                    logging.getLogger("onthefly").warning("the strategy %s failed", name, exc_info=True)
                 skips[name] = said(e)
         if not made:
-            raise InvalidCommandError(
-                f"no strategy can merge these: {'; '.join(f'{k}: {v}' for k, v in skips.items())}"
-            )
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in skips.items())
+            raise InvalidCommandError(f"no strategy can merge these: {reasons}")
         return made, skips
 
-    def _candidate(
-        self,
-        command: commands.MergeRuns,
-        name: str,
-        members: Sequence[_Member],
-        base: _Member | None,
-        bench: Bench,
-    ) -> _Candidate:
-        if name == GREEDY:
-            return self._soup(command, members, bench)
-        strategy = strategy_named(name)
+    def _candidate(self, task: _Task, strategy: Strategy) -> _Candidate:
+        command, members = task.command, task.members
         options = {key: value for key, value in command.options.items() if key in _options_of(strategy)}
         weights = command.weights if strategy.takes_weights else None
-        statistics, files = self._statistics(strategy, command, members, bench)
-        told, made = self._merged(
-            [self._parent(member) for member in members],
-            name,
+        base = task.base if "base" in strategy.needs else None
+        statistics, files = self._statistics(task, strategy)
+        merged = self._merged(
+            members,
+            strategy.name,
             options,
             weights=weights,
-            base=self._parent(base) if base is not None and "base" in strategy.needs else None,
+            base=None if base is None else base.parent(),
             statistics=statistics,
         )
         how = {
-            "strategy": name,
-            "options": {key: list(v) if isinstance(v, tuple) else v for key, v in told.options.items()},
+            "strategy": strategy.name,
+            "options": {key: list(v) if isinstance(v, tuple) else v for key, v in merged.options.items()},
             "weights": weights,
-            "base": base.kept.hash if base is not None and "base" in strategy.needs else None,
+            "base": None if base is None else base.kept.hash,
+            "members": [member.kept.hash for member in members],
             "statistics": files,
-            "averaged": list(told.averaged),
-            "warnings": list(told.warnings),
+            "averaged": list(merged.averaged),
+            "warnings": list(merged.warnings),
         }
-        return self._calibrated(_Candidate(name, made, how), bench)
+        return _calibrated(_Candidate(strategy.name, merged.tensors, how), task.bench)
 
-    def _merged(self, parents: Sequence[Parent], strategy: str, *how: Any, **more: Any) -> tuple[Merged, Tensors]:
-        """What a strategy makes, through a file that is gone when nobody looks at it any more, also after a death."""
-        out = self._start.folder / f".merge-{secrets.token_hex(4)}.safetensors"
-        told = merge_files(
-            parents, strategy, *how, out=out, on_progress=lambda done, total: self._sampling.look_up(), **more
+    def _merged(self, members: Sequence[_Member], strategy: str, *how: Any, **more: Any) -> Mapped:
+        return merge_mapped(
+            [member.parent() for member in members],
+            strategy,
+            *how,
+            folder=self._start.folder,
+            on_progress=lambda done, total: self._sampling.look_up(),
+            **more,
         )
-        try:
-            return told, open_parent(out).tensors
-        finally:
-            out.unlink()
 
-    def _soup(self, command: commands.MergeRuns, members: Sequence[_Member], bench: Bench) -> _Candidate:
+    def _soup(self, task: _Task) -> _Candidate:
         """The greedy soup: the average of those parents that make it better."""
+        members, bench = task.members, task.bench
         if bench.data is None:
             raise MissingPartError("a greedy soup is chosen by validation data: pass a val_loader to attach")
-        metric: Any = command.metric or ("accuracy" if bench.classifies_of(self._tensors(members[0])) else "loss")
-        judge = command.judge or command.data
 
-        def goodness(scores: Scores) -> float:
-            return -scores[judge].badness(metric)[0]
+        def mean(chosen: tuple[int, ...], how: dict[str, Any]) -> _Candidate:
+            some = [members[i] for i in chosen]
+            tensors = self._merged(some, "swa").tensors if len(some) > 1 else some[0].tensors
+            return _calibrated(_Candidate(GREEDY, tensors, how), bench, averaged=len(some) > 1)
 
-        def of_mean(chosen: tuple[int, ...]) -> float:
-            mean = self._calibrated(_Candidate(GREEDY, self._mean([members[i] for i in chosen]), {}), bench)
-            return goodness(bench.scores_of(mean.tensors))
-
-        chosen = greedy([goodness(bench.scores_of(self._tensors(member))) for member in members], of_mean)
+        chosen = greedy(
+            [task.goodness(task.scores[member.label]) for member in members],
+            lambda some: task.goodness(bench.scores_of(mean(some, {}).tensors)),
+        )
+        alone = f"no average with {members[chosen[0]].label} is better than it alone"
         how: dict[str, Any] = {"strategy": "swa", "members": [members[i].kept.hash for i in chosen], "options": {}}
-        how |= {"weights": None, "base": None, "statistics": [], "averaged": [], "warnings": []}
-        if len(chosen) == 1:
-            how["warnings"] = [f"no average with {members[chosen[0]].label} is better than it alone"]
-        mean = self._mean([members[i] for i in chosen])
-        return self._calibrated(_Candidate(GREEDY, mean, how), bench, averaged=len(chosen) > 1)
+        how |= {"weights": None, "base": None, "statistics": [], "averaged": []}
+        return mean(chosen, {**how, "warnings": [alone] if len(chosen) == 1 else []})
 
-    def _mean(self, members: Sequence[_Member]) -> Tensors:
-        if len(members) == 1:
-            return self._tensors(members[0])
-        return self._merged([self._parent(member) for member in members], "swa")[1]
-
-    def _calibrated(self, candidate: _Candidate, bench: Bench, *, averaged: bool = True) -> _Candidate:
-        if averaged and bench.recalibrate and bench.train is not None:
-            bench.load(candidate.tensors)
-            candidate.buffers = bench.recalibrated()
-        names = sorted(candidate.buffers)
-        candidate.how["recalibrated"] = {"buffers": names, "samples": bench.recalibrate if names else 0}
-        return candidate
-
-    def _statistics(
-        self, strategy: Strategy, command: commands.MergeRuns, members: Sequence[_Member], bench: Bench
-    ) -> tuple[list[Parent] | None, list[dict[str, str]]]:
+    def _statistics(self, task: _Task, strategy: Strategy) -> tuple[list[Parent] | None, list[dict[str, str]]]:
         """What a strategy needs to know of each parent's own data, and under which hashes it stands."""
         need = next((need for need in ("fishers", "grams") if need in strategy.needs), None)
         if need is None:
             return None, []
         found, files = [], []
-        for member in members:
+        for member in task.members:
             self._sampling.look_up()
-            path = self._measured(need, command, member, bench)
-            file = open_checkpoint(path)
-            found.append(Parent(f"the {need} of {member.label}", file.tensors))
-            files.append({"file": path.name, "hash": file.hash})
+            parent, file = self._measured(task, need, member)
+            found.append(parent)
+            files.append(file)
         return found, files
 
-    def _measured(self, need: str, command: commands.MergeRuns, member: _Member, bench: Bench) -> Path:
-        """The file with a parent's statistics. What was measured of a state once is not measured again."""
-        kind = f"fisher-{command.fisher}" if need == "fishers" else need
-        folder = self._start.store.statistics_dir
-        path = folder / f"{member.kept.hash[:16]}-{kind}-{command.samples}.safetensors"
-        try:
-            tree = open_checkpoint(path).tree
-            if isinstance(tree, dict) and tree.get("of") == member.kept.hash:
-                return path
-        except CheckpointError:
-            pass  # there is none, or it is damaged: it can be measured again
-        if self._inputs.train_loader is None:
+    def _measured(self, task: _Task, need: str, member: _Member) -> tuple[Parent, dict[str, str]]:
+        """A parent's statistics, and the file that they stand in. What was measured once is not measured again."""
+        command, bench = task.command, task.bench
+        if bench.train is None:
             raise MissingPartError(f"{need} are measured on a parent's own data, and attach was given no train_loader")
-        bench.load(self._tensors(member))
-        chosen = bench.some(member.samples, command.samples)
-        with closing(batches(bench.train, chosen)) as data:
-            if need == "fishers":
-                measured = diagonal_fisher(
-                    bench.model,
-                    data,
-                    bench.losses,
-                    kind=command.fisher,  # type: ignore[arg-type]
-                    samples=len(chosen),
-                    autocast=bench.autocast,
-                )
-                about: dict[str, Any] = {"samples": measured.samples, "path": measured.path}
-                tensors = measured.diagonal
-            else:
+        about = {
+            "of": member.kept.hash,
+            "part": self._part(),
+            "kind": f"fisher-{command.fisher}" if need == "fishers" else need,
+            "samples": command.samples,
+            "loss": _described(self._inputs.per_sample_loss or self._inputs.loss_fn) if need == "fishers" else "",
+            "data": len(bench.train.dataset),
+        }
+        folder = self._start.store.statistics_dir
+        key = blake3(repr(sorted(about.items())).encode()).hexdigest()
+        path = folder / f"{member.kept.hash[:16]}-{about['kind']}-{key[:8]}.safetensors"
+        try:
+            file = open_checkpoint(path)
+        except CheckpointError:  # there is none, or it is damaged: it can be measured again
+            folder.mkdir(exist_ok=True)
+            write(path, *self._measure(task, need, member, about))
+            file = open_checkpoint(path)
+        return Parent(f"the {need} of {member.label}", file.tensors), {"file": path.name, "hash": file.hash}
+
+    def _measure(
+        self, task: _Task, need: str, member: _Member, about: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], Tensors]:
+        bench = task.bench
+        bench.load(member.tensors)
+        chosen = bench.some(member.samples, task.command.samples)
+        with closing(bench.watched(batches(bench.train, chosen))) as data:
+            if need == "grams":
                 grams = gram_matrices(bench.model, data, samples=len(chosen), autocast=bench.autocast)
-                about, tensors = {"samples": grams.samples, "left_out": grams.left_out}, grams.matrices
-        folder.mkdir(exist_ok=True)
-        write(path, {"of": member.kept.hash, "kind": kind, **about}, tensors)
-        return path
+                return {**about, "left_out": grams.left_out}, grams.matrices
+            fisher = diagonal_fisher(
+                bench.model,
+                data,
+                bench.losses,
+                kind=task.command.fisher,  # type: ignore[arg-type]
+                samples=len(chosen),
+                autocast=bench.autocast,
+            )
+            return {**about, "counted": fisher.samples, "path": fisher.path}, fisher.diagonal
 
     # -- committing --------------------------------------------------------------------------------------------
 
-    def _commit(
-        self, command: commands.MergeRuns, members: Sequence[_Member], chosen: _Candidate, preview: Result
-    ) -> Result:
-        value = self._composed(command, members, chosen)
+    def _commit(self, task: _Task, chosen: _Candidate, preview: Result) -> Result:
+        command = task.command
+        value = self._composed(task, chosen)
         preview = {key: preview[key] for key in ("scores", "judge", "metric") if key in preview}
         policies = {"optimizer": command.optimizer, "warmup": command.warmup, "part": self._part()}
         how = {**chosen.how, **policies, "preview": preview}
+        if task.base is not None and chosen.how["base"] is not None:
+            self._branches.pin(
+                task.base.kept.path, task.base.kept.hash
+            )  # the merge stands on it, and lineage cannot tell
         born = [] if entry(value, "loader/subset") is None else [commands.Subset(recipe=None, selection=None)]
-        return self._branches.merge(value, [(m.run, m.kept) for m in members], how, command.name, born)
+        parents = [(member.run, member.kept) for member in task.members]
+        told = self._branches.merge(value, parents, how, command.name, born)
+        return told | ({"unmerged": unmerged} if (unmerged := self._unmerged()) else {})
 
-    def _composed(self, command: commands.MergeRuns, members: Sequence[_Member], chosen: _Candidate) -> Value:
+    def _composed(self, task: _Task, chosen: _Candidate) -> Value:
         """The present state with the merged model in it."""
         value = self._state.capture()
         merged, part = chosen.tensors, self._part()
@@ -433,33 +478,45 @@ class Merges:
             place = (live.data_ptr(), live.shape, live.stride()) if live.numel() else (name,)
             model[name] = firsts.setdefault(place, merged[name])
         _replace(value, part, model)
-        for name in self._state.optimizers:
-            stored = [entry(member.value, name) for member in members]
-            policy: Any = command.optimizer
-            _replace(value, name, optimizers.merged(_entry(value, name), stored, policy, name))
-        value["knobs"] = self._knobs.warmed_up(value["knobs"], command.warmup)
+        policy: Any = task.command.optimizer
+        for name, owners in value["owners"].items():
+            if any(owner is not None and owner.startswith(f"{part}/") for owner in owners):
+                stored = [entry(member.value, name) for member in task.members]
+                _replace(value, name, optimizers.merged(_entry(value, name), stored, policy, name))
+        value["knobs"] = self._knobs.warmed_up(value["knobs"], task.command.warmup)
         return value
 
-    # -- small things ------------------------------------------------------------------------------------------
+    def _unmerged(self) -> list[str]:
+        """Other modules that are tracked: they stay what they are, such as an average of weights that are no more."""
+        return [name for name in self._state.modules if name != self._part()]
 
     def _part(self) -> str:
         """The name of the model in the train state."""
         return next(name for name, module in self._state.modules.items() if module is self._sampling.model())
 
-    def _tensors(self, member: _Member) -> Tensors:
-        found = entry(member.value, self._part())
-        if not isinstance(found, dict):
-            raise StateMismatchError(f"{member.label} has no {self._part()!r} to merge")
-        return found
 
-    def _parent(self, member: _Member) -> Parent:
-        return Parent(member.label, self._tensors(member), member.kept.path, member.kept.hash)
+def _calibrated(candidate: _Candidate, bench: Bench, *, averaged: bool = True) -> _Candidate:
+    """With batch-norm statistics of its own, if it is an average."""
+    if averaged and bench.recalibrate and bench.train is not None:
+        bench.load(candidate.tensors)
+        candidate.buffers = bench.recalibrated()
+    names = sorted(candidate.buffers)
+    candidate.how["recalibrated"] = {"buffers": names, "samples": bench.recalibrate if names else 0}
+    return candidate
 
-    def _present(self) -> str:
-        """The hash of the state that the session is in, or "" if that was not saved."""
-        step = self._state.counters["step"]
-        rows = [row for row in queries.checkpoints(self._start.store, self._history.run) if row.step == step]
-        return rows[-1].hash if rows else ""
+
+def _labelled(members: Sequence[_Member]) -> list[_Member]:
+    """With labels that are all different, and none that is the name of a strategy: the shortest that are."""
+    taken = {GREEDY, NOW, *(strategy.name for strategy in STRATEGIES)}
+    for label in (
+        lambda m: m.run,
+        lambda m: f"{m.run}@{m.kept.step}",
+        lambda m: f"{m.run}@{m.kept.step}:{m.kept.hash[:6]}",
+    ):
+        labels = [label(member) for member in members]
+        if len(set(labels)) == len(labels) and not taken.intersection(labels):
+            return [replace(member, label=text) for member, text in zip(members, labels, strict=True)]
+    return [replace(member, label=member.kept.hash[:12]) for member in members]
 
 
 def _chosen(
@@ -469,40 +526,57 @@ def _chosen(
     for name in command.options:
         if not any(name in _options_of(strategy) for strategy in STRATEGIES):
             raise InvalidCommandError(f"no strategy has an option {name!r}")
-    if command.strategies != ["all"]:
-        for name in command.strategies:
-            if name != GREEDY:
-                strategy_named(name)
-        return list(dict.fromkeys(command.strategies)), {}
-    names, skipped = [], {}
-    for strategy in STRATEGIES:
-        if "base" in strategy.needs and not based:
-            skipped[strategy.name] = "it needs a base, and the parents have no checkpoint in common: --base REF"
-        elif "weights" in strategy.needs and command.weights is None:
-            skipped[strategy.name] = "it needs --weights"
-        elif strategy.parents not in (None, parents):
-            skipped[strategy.name] = f"it merges {strategy.parents} parents"
-        elif strategy.name in ("adapter", "lora") and not any("lora" in n or "adapter" in n for n in tensors):
-            skipped[strategy.name] = "no tensor is named adapter or lora"
-        else:
-            names.append(strategy.name)
-    return [*names, GREEDY], skipped
+    names, skipped = list(dict.fromkeys(command.strategies)), {}
+    if command.strategies == ["all"]:
+        names = []
+        for strategy in STRATEGIES:
+            if "base" in strategy.needs and not based:
+                skipped[strategy.name] = "it needs a base, and the parents have no checkpoint in common: --base REF"
+            elif "weights" in strategy.needs and command.weights is None:
+                skipped[strategy.name] = "it needs --weights"
+            elif strategy.parents not in (None, parents):
+                skipped[strategy.name] = f"it merges {strategy.parents} parents"
+            elif strategy.name in ("adapter", "lora") and not any("lora" in n or "adapter" in n for n in tensors):
+                skipped[strategy.name] = "no tensor is named adapter or lora"
+            else:
+                names.append(strategy.name)
+        names.append(GREEDY)
+    for name in names:
+        if name != GREEDY:
+            strategy_named(name)
+    if command.commit not in (None, "best", *names):
+        raise InvalidCommandError(f"{command.commit!r} is not made here; to commit there are: best, {', '.join(names)}")
+    return names, skipped
 
 
 def _options_of(strategy: Strategy) -> set[str]:
     return {option.name for option in strategy.options}
 
 
-def _best(command: commands.MergeRuns, made: Sequence[_Candidate], preview: Preview | None) -> _Candidate:
-    name = command.commit
-    if name == "best" and preview is not None:
-        name = preview.best(preview.candidates)
+def _best(name: str, made: Sequence[_Candidate], preview: Preview | None) -> _Candidate:
+    if name == "best":
+        assert preview is not None
+        # One that the floor would refuse is taken only if there is no other.
+        sound = [candidate for candidate in preview.candidates if not preview.falls_short(candidate)]
+        name = preview.best(sound or preview.candidates)
     for candidate in made:
         if candidate.name == name:
             return candidate
-    raise InvalidCommandError(
-        f"{name!r} was not made here; to commit there are: best, {', '.join(c.name for c in made)}"
-    )
+    raise CommandError(f"{name} could not be made, so there is nothing to commit")
+
+
+def _storages(model: nn.Module) -> set[int]:
+    tensors = (*unwrapped(model).parameters(), *unwrapped(model).buffers())
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def _described(function: Any) -> str:
+    """A loss, as far as it can be told from another."""
+    if isinstance(function, nn.Module):
+        return repr(function)
+    arguments = [getattr(function, name, "") for name in ("args", "keywords")]  # of a functools.partial
+    inner = getattr(function, "func", function)
+    return f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner))} {arguments}"
 
 
 def _entry(value: Value, name: str) -> Any:
@@ -519,12 +593,10 @@ def _replace(value: Value, name: str, item: Any) -> None:
     node[last] = item
 
 
-def _json(number: float) -> float | None:
-    return number if math.isfinite(number) else None
-
-
 def _finite(value: Any) -> Any:
     """A value whose numbers all have a form in JSON."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    return _json(value) if isinstance(value, float) else value
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

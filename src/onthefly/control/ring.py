@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,6 +56,23 @@ class Ring:
         """Say that a run stands on this file; retention leaves it."""
         with self._lock:
             self._needed.add(str(path))
+
+    @contextmanager
+    def needing(self, paths: Iterable[Path]) -> Iterator[None]:
+        """Leave these files while something is made of them."""
+        with self._lock:
+            lent = {str(path) for path in paths} - self._needed
+            self._needed |= lent
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._needed -= lent
+
+    def discard(self, kept: Kept) -> None:
+        """A checkpoint is of no use after all."""
+        with self._lock:
+            self._remove(kept, "given up")
 
     def hold(self, path: Path) -> None:
         """Leave this file, too, so that the last change can be taken back; the one that was held before is free again."""

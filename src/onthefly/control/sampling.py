@@ -87,6 +87,11 @@ class Sampling:
         for module in state.modules.values():
             _learn_autocast(module, self._learned)
 
+    @property
+    def forward(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Makes the context that training runs the model in, as far as that is known."""
+        return self.autocast or self._recalled or nullcontext
+
     def scan(self, data: str, *, embeddings: bool = False) -> Result:
         """Compute the values of every sample of a data set. See `onthefly.samples.scan.scan` for what they are.
 
@@ -211,14 +216,14 @@ class Sampling:
         loader, per_sample = self._needed(data)
         model = self.model()
         try:
-            with undisturbed(model, loader):
+            with undisturbed(model, loader, self._inputs.loss_fn):
                 columns = scan(
                     model,
                     loader,
                     per_sample,
                     embed=self._inputs.embed,
                     embeddings=embeddings,
-                    autocast=self.autocast or self._recalled or nullcontext,
+                    autocast=self.forward,
                     on_batch=self._on_batch,
                 )
         except ScanStopped as e:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Bench:
         train: Any,
         losses: PerSampleLoss,
         autocast: Callable[[], AbstractContextManager[Any]],
-        on_batch: Callable[[int, int], None],
+        look_up: Callable[[], None],
         whole: str,
         named: Mapping[str, Any],
         subsets: Mapping[str, np.ndarray],
@@ -50,7 +50,7 @@ class Bench:
         self.recalibrate = recalibrate
         self.classifies = False
         self.slices: list[str] = []
-        self._on_batch = on_batch
+        self._look_up = look_up
         self._whole = whole
         self._named = named
         self._subsets = subsets if train is not None else {}
@@ -67,13 +67,20 @@ class Bench:
         copy_tensors((tensor, tensors[name]) for name, tensor in own.items())
 
     def recalibrated(self) -> Tensors:
-        """Batch-norm buffers of the loaded model, estimated anew; none for a model without."""
-        changed = recalibrate(
-            self.model, batches(self.train, self.some(None, self.recalibrate)), autocast=self.autocast
-        )
-        buffers = dict(unwrapped(self.model).named_buffers())
-        plain = plain_names(unwrapped(self.model))
-        return {plain(name): buffers[name].detach().cpu().clone() for name in buffers if plain(name) in changed}
+        """Batch-norm buffers of the loaded model, estimated anew, under each of their names; none for a model without."""
+        module = unwrapped(self.model)
+        plain = plain_names(module)
+        with closing(self.watched(batches(self.train, self.some(None, self.recalibrate)))) as data:
+            changed = recalibrate(self.model, data, autocast=self.autocast)
+        buffers = {plain(name): buffer for name, buffer in module.named_buffers(remove_duplicate=False)}
+        new = {id(buffers[name]) for name in changed}
+        return {name: buffer.detach().cpu().clone() for name, buffer in buffers.items() if id(buffer) in new}
+
+    def watched(self, batches: Iterable[Any]) -> Generator[Any, None, None]:
+        """Batches, each after a look whether somebody wants it all to stop."""
+        for batch in batches:
+            self._look_up()
+            yield batch
 
     def some(self, samples: np.ndarray | None, count: int) -> np.ndarray:
         """So many of some samples of the train data, or of all, always the same ones."""
@@ -99,15 +106,14 @@ class Bench:
             self.recalibrated()
         return score(self._scan(self.data, None)).loss
 
-    def classifies_of(self, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Whether these models are classifiers, found out by one of them if need be."""
-        if not self.slices:
-            self.scores_of(tensors)
-        return self.classifies
-
     def _scan(self, loader: Any, indices: np.ndarray | None) -> dict[str, np.ndarray]:
         columns = scan(
-            self.model, loader, self.losses, indices=indices, autocast=self.autocast, on_batch=self._on_batch
+            self.model,
+            loader,
+            self.losses,
+            indices=indices,
+            autocast=self.autocast,
+            on_batch=lambda done, total: self._look_up(),
         )
         self.classifies = "correct" in columns
         return columns

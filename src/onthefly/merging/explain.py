@@ -39,14 +39,20 @@ class Comparison:
     """The tensors that are farthest apart, by distance, the worst first."""
 
 
-def compare(parents: Sequence[Weights], base: Weights | None = None, *, worst: int = 5) -> list[Comparison]:
+def compare(
+    parents: Sequence[Weights],
+    base: Weights | None = None,
+    *,
+    worst: int = 5,
+    on_piece: Callable[[], None] = lambda: None,
+) -> list[Comparison]:
     """Every pair of parents next to each other, by all of their floating tensors, with so many of the worst tensors.
 
     Merges by averaging want parents that are near and whose changes do not contradict: a cosine of changes around 0 is usual for
     different tasks (Ilharco et al. 2023, "Editing Models with Task Arithmetic"); a large distance with a low cosine means
     parents of different origin, between which the loss is high (see `linear_path`).
 
-    A name of a tied tensor counts like any other. Raises `InvalidCommandError` for fewer than two parents, and
+    `on_piece` is called now and then, and may raise. A name of a tied tensor counts like any other. Raises `InvalidCommandError` for fewer than two parents, and
     `StateMismatchError` for tensors that do not fit.
     """
     if len(parents) < 2:
@@ -63,6 +69,7 @@ def compare(parents: Sequence[Weights], base: Weights | None = None, *, worst: i
         for pair in pairs:
             sums[pair][name] = _Sums()
         for values in _pieces(tensors):
+            on_piece()
             origin = values.pop() if base is not None else None
             for first, second in pairs:
                 sums[first, second][name].add(values[first], values[second], origin)

@@ -39,14 +39,12 @@ class Parent:
     hash: str | None = None
 
 
-def open_parent(path: str | os.PathLike[str] | Parent, *, only: str | None = None) -> Parent:
-    """One that is opened already, or the model in a checkpoint of OnTheFly, or `only`, another part of it; or a state dict in ``.safetensors`` or ``.pt``.
+def open_parent(path: str | os.PathLike[str], *, only: str | None = None) -> Parent:
+    """The model in a checkpoint of OnTheFly, or `only`, another part of it; or a state dict in ``.safetensors`` or ``.pt``.
 
     Every byte of a checkpoint is checked against its hash. Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, and
     `InvalidCommandError` for a file of another kind, or a part that there is not.
     """
-    if isinstance(path, Parent):
-        return path
     path = Path(path)
     if not _is_checkpoint(path):
         return Parent(str(path), read_state_dict(path), path)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from onthefly.merging.strategies import SLICE, Part
 _THREADS = min(4, os.cpu_count() or 1)  # more than memory can feed gain nothing
 
 PathLike = str | os.PathLike[str]
+_ALIGNMENT = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,14 @@ class Merged:
 
 
 def merge_files(
-    parents: Sequence[PathLike | Parent],
+    parents: Sequence[PathLike],
     strategy: str,
     options: Mapping[str, Any] | None = None,
     *,
     out: PathLike,
     weights: Sequence[float] | None = None,
-    base: PathLike | Parent | None = None,
-    statistics: Sequence[PathLike | Parent] | None = None,
+    base: PathLike | None = None,
+    statistics: Sequence[PathLike] | None = None,
     only: str | None = None,
     force: bool = False,
     slice_size: int = SLICE,
@@ -103,6 +107,73 @@ def merge_files(
         kept=plan.kept,
         warnings=plan.warnings,
     )
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A merge in a file without a name, and how it was made. The file is gone when nobody looks at `tensors` any more."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    averaged: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def merge_mapped(
+    parents: Sequence[Parent],
+    strategy: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    folder: Path,
+    weights: Sequence[float] | None = None,
+    base: Parent | None = None,
+    statistics: Sequence[Parent] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Mapped:
+    """Merge into tensors that are views of a file in `folder` without a name: memory does not grow with the model, and nothing is left,
+    not even by a process that is killed. Tied tensors stay tied. The rest is as in `merge_files`.
+    """
+    total = sum(tensor.nbytes for tensor in parents[0].tensors.values()) if parents else 0
+    plan = planned(
+        parents,
+        strategy,
+        options or {},
+        weights=weights,
+        base=base,
+        statistics=statistics,
+        on_part=lambda: on_progress(0, total),
+    )
+    forms = {name: plan.form(name) for name, first in plan.firsts.items() if name == first}
+    places = dict(zip(forms, accumulate(_aligned(form.nbytes) for form in forms.values()), strict=True))
+    size = max([*places.values(), _ALIGNMENT])
+    try:
+        with TemporaryFile(dir=folder) as file, ThreadPoolExecutor(_THREADS) as pool:
+            reserve(file.fileno(), size)
+            file.truncate(size)
+            memory = mmap.mmap(file.fileno(), size)
+            made: dict[str, Tensor] = {}
+            done = 0
+            for name, form in forms.items():
+                begin = places[name] - _aligned(form.nbytes)
+                numbers = torch.frombuffer(memory, dtype=torch.uint8, count=_aligned(form.nbytes), offset=begin)
+                made[name] = numbers[: form.nbytes].view(form.dtype).view(form.shape)
+                flat = (
+                    torch.view_as_real(made[name]) if form.is_complex() and name not in plan.kept else made[name]
+                ).view(-1)
+                at = 0
+                for piece in plan.pieces(name, mapped=partial(_ahead, pool)):
+                    flat[at : at + piece.numel()] = piece
+                    at += piece.numel()
+                    done += piece.nbytes
+                    on_progress(done, total)
+    except OSError as e:
+        raise CheckpointWriteError(e.errno, f"there is no room for a merge: {e.strerror}", str(folder)) from e
+    tensors = {name: made[first] for name, first in plan.firsts.items()}
+    return Mapped(tensors, dict(plan.options), plan.averaged, plan.warnings)
+
+
+def _aligned(nbytes: int) -> int:
+    return max(1, -(-nbytes // _ALIGNMENT)) * _ALIGNMENT
 
 
 def _write(plan: Plan, out: Path, slice_size: int, on_progress: Callable[[int, int], None]) -> tuple[str, int]:

@@ -134,24 +134,18 @@ class Lineage:
             nearest, key=lambda name: (from_a[name] + from_b[name], -self._runs[name].created, name), default=None
         )
 
-    def fork_point(self, names: Sequence[str]) -> str | None:
-        """The hash of the checkpoint up to which the lines of all these runs are one; None if there is none.
-
-        It is where the first of them left their common ancestor.
-        """
-        ancestor: str | None = names[0]
+    def nearest_common(self, names: Sequence[str]) -> str | None:
+        """The nearest run that all of these come from, where a run counts as its own ancestor."""
+        nearest: str | None = names[0]
         for name in names[1:]:
-            ancestor = None if ancestor is None else self.common_ancestor(ancestor, name)
-        left: dict[str, int] = {}
-        for name in names:
-            line = [segment.run for segment in self.path(name)]
-            if ancestor is None or ancestor not in line:
-                return None
-            if name != ancestor:
-                run = self._runs[line[line.index(ancestor) + 1]]
-                content = next(content for parent, content in run.parents if parent == ancestor)
-                left.setdefault(content, int((run.base or {}).get("step", 0)))
-        return min(left, key=lambda content: left[content], default=None)
+            nearest = None if nearest is None else self.common_ancestor(nearest, name)
+        return nearest
+
+    def departures(self, name: str, ancestor: str) -> tuple[str, ...]:
+        """The hashes of the checkpoints of an ancestor at which the lines that lead to a run left it."""
+        line = {name, *self.ancestors(name)}
+        edges = (edge for run in self._rows if run.name in line for edge in run.parents)
+        return tuple(dict.fromkeys(content for parent, content in edges if parent == ancestor))
 
     def path(self, name: str) -> tuple[Segment, ...]:
         """The line of steps that led to the head of a run, from the root on, one segment for each run on it.

@@ -254,6 +254,8 @@ def _check(value: Mapping[str, Any]) -> None:
     wrong += ["format"] if value["format"] != FORMAT_VERSION else []
     if wrong:
         raise InvalidCommandError(f"in the manifest of {value['run']!r}, these are not what they should be: {wrong}")
+    if value.get("merge") is not None and not _is_merge(value["merge"]):
+        raise InvalidCommandError(f"in the manifest of {value['run']!r}, no merge is described by {value['merge']}")
     if not all(isinstance(word, str) for word in value["argv"]):
         raise InvalidCommandError(f"in the manifest of {value['run']!r}, argv is a list of words, not {value['argv']}")
     for parent in value["parents"]:
@@ -264,6 +266,30 @@ def _check(value: Mapping[str, Any]) -> None:
                 f"the checkpoint of {parent['run']!r} at step {parent['step']} has no hash yet; "
                 f"make the manifest of {value['run']!r} when it is durable"
             )
+
+
+def _is_merge(told: Mapping[str, Any]) -> bool:
+    """Whether all is there that computing it again reads. Files are names, and lead nowhere else."""
+    types: Mapping[str, tuple[type, ...]] = {
+        "strategy": (str,),
+        "part": (str,),
+        "options": (dict,),
+        "weights": (list, type(None)),
+        "base": (str, type(None)),
+        "members": (list,),
+        "statistics": (list,),
+        "recalibrated": (dict,),
+    }
+    if not all(type(told.get(name)) in allowed for name, allowed in types.items()):
+        return False
+    files = [file for file in told["statistics"] if isinstance(file, dict)]
+    return (
+        len(files) == len(told["statistics"])
+        and all(isinstance(file.get("hash"), str) and isinstance(file.get("file"), str) for file in files)
+        and all(Path(file["file"]).name == file["file"] for file in files)
+        and all(isinstance(content, str) for content in told["members"])
+        and isinstance(told["recalibrated"].get("buffers"), list)
+    )
 
 
 def _digest(content: bytes) -> str:

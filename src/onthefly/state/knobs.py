@@ -131,7 +131,9 @@ class Knobs:
             for index, group in enumerate(optimizer.param_groups):
                 for key in group:
                     if key != "params" and _is_plain(group[key]):
-                        found[f"{name}.{index}.{key}"] = _number(self._effective((name, index, key)))
+                        value = _number(self._effective((name, index, key)))
+                        warming = key == "lr" and name in self._ramps
+                        found[f"{name}.{index}.{key}"] = value * self._ramps[name].factor if warming else value
         return found
 
     def plan(

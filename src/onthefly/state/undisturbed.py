@@ -14,26 +14,28 @@ from onthefly.state.parts import unwrapped
 
 
 @contextmanager
-def undisturbed(model: nn.Module, loader: Any = None) -> Iterator[None]:
+def undisturbed(model: nn.Module, loader: Any = None, loss: Any = None) -> Iterator[None]:
     """Evaluate inside: the model is in evaluation mode, and afterwards everything is as it was.
 
-    Modes, buffers, the process-wide random state, and private generators that the loader reaches are put back.
+    Modes and buffers of the model, and of the loss if it is a module, the process-wide random state, and private generators that the
+    loader reaches are put back.
     """
-    bare = unwrapped(model)
-    modes = {module: module.training for module in bare.modules()}
-    buffers = {name: buffer.detach().clone() for name, buffer in bare.named_buffers()}
+    modules = [unwrapped(model), *([loss] if isinstance(loss, nn.Module) else [])]
+    modes = {module: module.training for root in modules for module in root.modules()}
+    buffers = [{name: buffer.detach().clone() for name, buffer in root.named_buffers()} for root in modules]
     generators = rng.find_generators({"loader": loader})
     states = {path: rng.generator_state(generator) for path, generator in generators.items()}
     with rng.preserved():
-        bare.eval()
+        modules[0].eval()
         try:
             yield
         finally:
             for module, training in modes.items():
                 module.training = training
-            live = dict(bare.named_buffers())
             with torch.no_grad():
-                for name, buffer in buffers.items():
-                    live[name].copy_(buffer)
+                for root, before in zip(modules, buffers, strict=True):
+                    live = dict(root.named_buffers())
+                    for name, buffer in before.items():
+                        live[name].copy_(buffer)
             for path, generator in generators.items():
                 rng.set_generator_state(generator, states[path])
