@@ -54,7 +54,7 @@ class Program:
     """Values that it registers. Only the first is used."""
     width: int = 8
     factory: int | None = 8
-    """The width of the models that its model factory makes; None: it has none."""
+    """The width of the models that its model factory makes; None: it has none; 0: it gives the trained model itself."""
     test_loss: str = "fine"
     """What the `loss_fn` given to the session does: "fine", "fails", or None for no loss_fn."""
     break_at: int | None = None
@@ -308,10 +308,16 @@ def _attached(program, model, optimizer, scheduler, loader, val_loader):
         train_loader=None if program.loop == "steps" else loader,
         val_loader=val_loader,
         test_loader=DataLoader(Samples(3), 16),
-        model_factory=None if program.factory is None else functools.partial(build_model, program.factory),
+        model_factory=_factory(program, model),
         loss_fn={"fine": nn.functional.cross_entropy, "fails": fails, None: None}[program.test_loss],
         config=onthefly.SessionConfig(store=program.store, **limit, **program.config),
     )
+
+
+def _factory(program, model):
+    if program.factory is None:
+        return None
+    return functools.partial(build_model, program.factory) if program.factory else lambda: model
 
 
 def _validate(model, val_loader):

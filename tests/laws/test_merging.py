@@ -1,5 +1,7 @@
 """Merges in a live training: judged without a trace, committed whole or not at all, and gone on with exactly."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -170,6 +172,12 @@ def test_bad_merges_are_refused_and_leave_everything_as_it_was(trainings):
         ({"parents": [baseline, fork1], "strategies": ["weighted"], "weights": [0.0, 0.0]}, "InvalidCommandError"),
         ({"parents": [baseline, fork1], "options": {"densitty": 1}}, "InvalidCommandError"),
         ({"parents": [baseline, fork1], "judge": "class 9"}, "InvalidCommandError"),
+        ({"parents": [baseline, fork1], "judge": "class 9", "strategies": ["all"]}, "InvalidCommandError"),
+        ({"parents": [baseline, fork1], "name": "a/b"}, "InvalidCommandError"),
+        (
+            {"parents": [baseline, fork1], "slices": {"val": {"select": "top", "field": "loss", "k": 3}}},
+            "InvalidCommandError",
+        ),
         ({"parents": [baseline, fork1], "commit": "ties"}, "InvalidCommandError"),
         (
             {"parents": [baseline, fork1], "slices": {"none": {"select": "range", "field": "loss", "low": 1e9}}},
@@ -183,11 +191,32 @@ def test_bad_merges_are_refused_and_leave_everything_as_it_was(trainings):
     assert_same(training.end(), alone.end(), *STATE)
 
 
+def test_a_parent_of_another_content_than_was_recorded_is_refused(trainings):
+    training, parents = branched(trainings)
+    shutil.copyfile(parents[0]["path"], parents[1]["path"])
+    merge = training.deliver("mergeRuns", parents=parents, strategies=["swa"], commit="swa", floor=False)
+    assert training.go().failed(merge)["type"] == "CorruptCheckpointError"
+    training.end()
+
+
+def test_what_is_merged_stays_though_retention_would_let_it_go(trainings):
+    training = trainings.start(stops=(2, 4, 6), epochs=3, config={"ckpt_keep": 2, "ckpt_every_epoch": False})
+    rows = [training.go_on(step, "saveCheckpoint") for step in (2, 4)]
+    parents = [{"path": row["path"], "hash": row["hash"]} for row in rows]
+    training.at(6)
+    merge = training.deliver("mergeRuns", parents=[*parents, {}], strategies=["swa"], commit="swa", floor=False)
+    training.go().done(merge)
+    training.end()
+    assert training.client.verify_merge("merge1").equal
+    assert not training.client.fsck().errors
+
+
 @pytest.mark.parametrize(
     ("program", "kind", "words"),
     [
         ({"factory": None}, "MissingPartError", "model_factory"),
         ({"factory": 9}, "StateMismatchError", "model_factory"),
+        ({"factory": 0}, "InvalidCommandError", "shares"),
         ({"test_loss": None}, "MissingPartError", "loss"),
     ],
 )
