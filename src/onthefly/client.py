@@ -202,7 +202,8 @@ class Client:
         """The store at a glance."""
         sessions = self.sessions()
         live = [row for row in sessions if row.ended is None and self.store.is_alive(row)]
-        last = max((row for row in sessions if row not in live), key=lambda row: row.id, default=None)
+        ended = [row for row in sessions if row not in live]
+        last = max(ended, key=lambda row: max(row.heartbeat, row.ended or 0), default=None)
         return Status(self.store.root, live, None if live else last, self._unfinished(live))
 
     def resolve(self, ref: str) -> CheckpointRow | Path:
@@ -373,7 +374,13 @@ class Client:
         self.store.insert_command(target.id, id, kind, command.model_dump(), time.time())
         if not wait:
             return {"id": id, "status": "queued"}
-        row = self._answer(target, id, timeout)
+        try:
+            row = self._answer(target, id, timeout)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{kind} stays asked of session {target.id} ({target.run}), which will do it; `onthefly scan --cancel` stops a scan or "
+                "a merge, `onthefly undo` takes back a change"
+            ) from None
         if row is None:
             raise CommandTimeoutError(
                 f"session {target.id} ({target.run}) has not answered {kind!r} within {timeout:g} s; it stays queued"
@@ -478,6 +485,8 @@ class Client:
         each slice, where a strategy is ``worse`` than the best parent, why (``explained``), what was ``skipped``, and
         ``committed``, or why it was ``refused``.
         """
+        if len(refs) < 2:
+            raise InvalidCommandError(f"a merge takes two parents or more, not {len(refs)}")
         target = self.session(how.get("session"))
         parents = [None if ref == target.run else self._recorded(ref) for ref in refs]
         whence = self._fork_point(parents, target.run) if base is None else self._recorded(base)

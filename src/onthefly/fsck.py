@@ -211,6 +211,8 @@ def _replaced(view: _View, row: CheckpointRow, header: Header) -> Finding:
 def _links(view: _View) -> Iterator[Finding]:
     there = {row.hash for row in view.live}
     for run in view.runs:
+        if run.status == "removed":  # what it stood on may have gone with it
+            continue
         for parent, content in run.parents:
             if content not in there:
                 message = f"{run.name} comes from {content[:12]} of {parent}, which is not in the store"

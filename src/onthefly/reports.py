@@ -96,7 +96,9 @@ def _ended(client: Client, kind: str, row: RunRow) -> Report:
     if last is not None:
         before = Report.from_json(last.data)
         looked = f"steps {before.first_step} to {before.last_step}" if before.last_step else f"step {before.step}"
-        return found.with_more(before.findings, [f"from its last live report, of {looked}:", *before.facts])
+        return found.with_more(
+            before.findings, [f"from its last live report, of {looked}:", *before.facts] if before.facts else []
+        )
     if needed:
         return found.with_more(missing=[f"{_what(kind)}: seen only while a session trains, and none is on this run"])
     return found

@@ -108,7 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"{e.format_message().rstrip('.')}{where}", e.exit_code)
     except click.ClickException as e:
         return _fail(e.format_message(), e.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as e:
+        if str(e):
+            click.echo(str(e), err=True)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has had enough; what is still to be flushed goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

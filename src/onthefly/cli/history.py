@@ -54,7 +54,7 @@ def log_command(run: str | None, last: int | None, store: Path | None, as_json: 
     with options.connect(store) as client:
         if run is not None:
             client.run(run)
-        rows = client.events(run)
+        rows = sorted(client.events(run), key=lambda row: row.time)  # those of two sessions are interleaved
     rows = rows if last is None else rows[-last:]
     if as_json:
         click.echo(render.document(rows))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onthefly.merging.streaming import Merged
 
 _OF_FILES = {"fishers": "--fisher", "grams": "--gram", "only": "--only", "force": "--force"}
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _LONG = 24 * 3600.0  # seconds: a merge is as long as its parents are large
 
 
@@ -29,7 +30,7 @@ _LONG = 24 * 3600.0  # seconds: a merge is as long as its parents are large
     default=("swa",),
     show_default=True,
     metavar="NAME",
-    help="How; several, or all.",
+    help="How; can be given several times. all: each that can be used.",
 )
 @click.option("--base", metavar="REF|FILE", help="What the parents come from. Default: where the runs' lines part.")
 @click.option("--weights", metavar="LIST", help="A weight for each parent: 1,2.")
@@ -111,6 +112,8 @@ def merge_command(ctx: click.Context, /, parents: tuple[str, ...], out: Path | N
         _merge_files(parents, out, given)
         return
     _refuse(typed & _OF_FILES.keys(), "of a merge of files: give --out FILE, too")
+    if all(Path(parent).suffix in _SUFFIXES and Path(parent).is_file() for parent in parents):
+        raise InvalidCommandError("these are files: --out FILE.safetensors says where their merge goes")
     if "timeout" not in typed:
         given["timeout"] = _LONG
     as_json, store, floor = given.pop("as_json"), given.pop("store"), not given.pop("no_floor")

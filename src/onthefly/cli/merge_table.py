@@ -34,7 +34,7 @@ def _cell(column: str, name: str, score: Mapping[str, Any], answer: Mapping[str,
     text = f"{value:.1%}" if answer["metric"] == "accuracy" and value is not None else _number(value)
     if answer["best"][name] == column:
         return click.style(f"{text} ◂", fg="green", bold=True)
-    return click.style(text, fg="red") if name in answer["worse"].get(column, ()) else text
+    return click.style(f"{text}  ", fg="red") if name in answer["worse"].get(column, ()) else f"{text}  "
 
 
 def _number(value: float | None) -> str:

@@ -50,7 +50,9 @@ def _commands(group: click.Group, context: click.Context) -> Iterator[tuple[str,
 
 def _group(name: str, group: click.Group) -> str:
     inner = "\n".join(f"onthefly {name} {below}" for below in group.commands)
-    return "\n".join([f"## onthefly {name}", "", "```", inner, "```", "", _prose(group.help or ""), ""])
+    lines = [f"## onthefly {name}", "", "```", inner, "```", "", _prose(group.help or ""), ""]
+    own = [option for option in _options(group) if option.name not in _SHARED]
+    return "\n".join([*lines, *([*_table(own), ""] if own else [])])
 
 
 def _command(name: str, command: click.Command) -> str:
@@ -73,7 +75,8 @@ def _table(options: Sequence[click.Option]) -> list[str]:
     rows = ["| option | |", "|---|---|"]
     for option in options:
         words = [", ".join(option.opts), "" if option.is_flag else _metavar(option)]
-        default = "" if option.is_flag or not option.show_default else f" Default: {option.default}."
+        value = ", ".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
+        default = "" if option.is_flag or not option.show_default else f" Default: {value}."
         rows.append(f"| `{' '.join(words).strip()}` | {_escaped(option.help or '')}{default} |")
     return rows
 

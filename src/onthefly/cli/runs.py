@@ -35,9 +35,10 @@ def runs_command(
         runs, saved = client.runs(), client.checkpoints()
         sessions = {session.id: session for session in client.sessions()}
         heads = client.heads()
+        steps = {row.hash: row.step for row in client.checkpoints(evicted=True)}
         logs = {run.name: client.store.log_path(run.name) for run in runs if run.status == "failed"}
     runs = [run for run in runs if everything or run.archived is None]
-    described = [_run(row, saved, heads.get(row.name), sessions) for row in runs]
+    described = [_run(row, saved, heads.get(row.name), sessions, steps) for row in runs]
     if as_json:
         click.echo(render.document(described))
         return
@@ -184,13 +185,17 @@ def _table(titles: tuple[str, ...], cells: list[list[str]]) -> str:
 
 
 def _from(row: dict[str, Any]) -> str:
-    step = (row["base"] or {}).get("step")
-    return ", ".join(parent if step is None else f"{parent}@{step}" for parent, _ in row["parents"])
+    return ", ".join(parent if step is None else f"{parent}@{step}" for parent, step in row["from"])
 
 
 def _run(
-    row: RunRow, saved: list[CheckpointRow], head: tuple[int, int] | None, sessions: dict[int, SessionRow]
+    row: RunRow,
+    saved: list[CheckpointRow],
+    head: tuple[int, int] | None,
+    sessions: dict[int, SessionRow],
+    steps: dict[str, int],
 ) -> dict[str, Any]:
+    """What a list says of a run. `steps` are those of all checkpoints there ever were, by their hashes."""
     mine = [checkpoint for checkpoint in saved if checkpoint.run == row.name]
     live = next((s for s in sessions.values() if s.run == row.name and s.ended is None), None)
     newest = mine[-1] if mine else None
@@ -200,6 +205,7 @@ def _run(
         **render.jsonable(row),
         "status": live.status if live is not None else row.status,
         "session": live.id if live is not None else None,
+        "from": [(parent, steps.get(content)) for parent, content in row.parents],
         "step": live.step if live is not None else step,
         "epoch": live.epoch if live is not None else epoch,
         "checkpoints": len(mine),

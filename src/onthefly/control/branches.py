@@ -133,7 +133,8 @@ class Branches:
             if lost is not None:
                 answer.set_exception(lost)
             else:
-                answer.set_result({"run": line.run, "parent": parent.run, "hash": kept.hash, **about})
+                where = {"step": kept.step, "epoch": kept.epoch}
+                answer.set_result({"run": line.run, "parent": parent.run, "hash": kept.hash, **where, **about})
 
         base.add_done_callback(begins)
         return answer

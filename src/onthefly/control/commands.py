@@ -322,6 +322,9 @@ def build(kind: str, arguments: Mapping[str, Any]) -> Command:
             try:
                 return command.model_validate(arguments)
             except ValidationError as e:
-                problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or kind}: {p['msg']}" for p in e.errors())
+                problems = "; ".join(
+                    f"{'.'.join(map(str, p['loc'])) or kind}: {p['msg'].removeprefix('Value error, ')}"
+                    for p in e.errors()
+                )
                 raise InvalidCommandError(f"{kind}: {problems}") from e
     raise InvalidCommandError(f"there is no command {kind!r}; there are: {', '.join(c.kind for c in COMMANDS)}")

@@ -523,9 +523,6 @@ def _chosen(
     command: commands.MergeRuns, parents: int, based: bool, tensors: Collection[str]
 ) -> tuple[list[str], dict[str, str]]:
     """The strategies to try, and why others of all are not."""
-    for name in command.options:
-        if not any(name in _options_of(strategy) for strategy in STRATEGIES):
-            raise InvalidCommandError(f"no strategy has an option {name!r}")
     names, skipped = list(dict.fromkeys(command.strategies)), {}
     if command.strategies == ["all"]:
         names = []
@@ -541,11 +538,14 @@ def _chosen(
             else:
                 names.append(strategy.name)
         names.append(GREEDY)
-    for name in names:
-        if name != GREEDY:
-            strategy_named(name)
+    tried = [strategy_named(name) for name in names if name != GREEDY]
+    for option in command.options:
+        if not any(option in _options_of(strategy) for strategy in tried):
+            raise InvalidCommandError(f"no option {option!r} of {', '.join(names)}; docs/merging.md lists them")
     if command.commit not in (None, "best", *names):
-        raise InvalidCommandError(f"{command.commit!r} is not made here; to commit there are: best, {', '.join(names)}")
+        raise InvalidCommandError(
+            f"{command.commit!r} is not among what is made here (best, {', '.join(names)}); --strategy {command.commit} adds it"
+        )
     return names, skipped
 
 

@@ -137,7 +137,10 @@ def lines(report: Report) -> list[Line]:
         words = ", ".join(f"{step}: {number(value)}" for step, value in points[-_LATEST:])
         found.append(("dim", f"latest {name}, by step: {words}"))
     found.append(("plain", ""))
-    found += _summary(report) if report.kind == "health" else _findings(report.findings)
+    if report.kind == "health":
+        found += _summary(report)
+    elif report.findings or report.facts or not report.missing:
+        found += _findings(report.findings)
     if report.facts:
         found += [("plain", ""), *(("plain", line) for line in report.facts)]
     if report.missing:
@@ -180,13 +183,15 @@ def _summary(report: Report) -> list[Line]:
         of_it = report.of(part)
         style = max((f.severity for f in of_it), key=lambda s: s.rank, default=None)
         found.append((style or "plain", f"{'course' if part == 'health' else part:<14}{verdict(of_it)}"))
+    # Of the course of the run there is no report of its own: its notes are shown here.
     bad = [f for f in report.findings if f.severity != Severity.NOTE]
-    if bad:
+    own = [f for f in report.of("health") if f.severity == Severity.NOTE]
+    if bad or own:
         found.append(("plain", ""))
-        found += _findings(bad[:_SHOWN_IN_SUMMARY])
+        found += _findings([*bad[:_SHOWN_IN_SUMMARY], *own])
     if len(bad) > _SHOWN_IN_SUMMARY:
         found.append(("dim", f"and {len(bad) - _SHOWN_IN_SUMMARY} more: ask for a single report"))
-    notes = len(report.findings) - len(bad)
+    notes = len(report.findings) - len(bad) - len(own)
     if notes:
         found += [("plain", ""), ("dim", f"{notes} note{'s' if notes > 1 else ''}, in the single reports")]
     return found

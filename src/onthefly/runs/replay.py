@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,10 +19,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from onthefly import errors
 from onthefly.errors import ResumeError
 from onthefly.runs import launch as launching
 from onthefly.runs.launch import Launch
 
+_OWN = re.compile(r"onthefly\.errors\.(\w+): (.*)")  # the last line of the traceback of an error of ours
 _TAIL = 15  # lines of its output that the error quotes
 _LOOK = 0.1  # seconds between two looks at how far it is
 
@@ -99,6 +102,8 @@ def run(
         return
     ended = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
     lines = log.read_text("utf-8", "replace").rstrip().splitlines()[-_TAIL:]
+    if lines and (own := _OWN.fullmatch(lines[-1])) and (kind := getattr(errors, own[1], None)):
+        raise kind(own[2])
     said = "\n".join(["; its last words:", *(f"  {line}" for line in lines)]) if lines else ", without a word"
     raise ResumeError(f"the replay {ended} before it had {aim}{said}")
 
