@@ -21,6 +21,7 @@ OnTheFlyError                                        1
 │   └── CommandTimeoutError    (TimeoutError)        6  no answer yet; the command stays queued
 ├── UnknownReferenceError      (LookupError)         2  a REF that names nothing
 ├── ResumeError                (RuntimeError)        7  a run cannot be started again
+├── HubError                   (RuntimeError)        9  the dashboard's server cannot be started, or not so
 └── InexactError               (RuntimeError)        8  a replay differed from what was recorded
 """
 
@@ -136,6 +137,12 @@ class ResumeError(OnTheFlyError, RuntimeError):
     """A run cannot be started again."""
 
     exit_code = 7
+
+
+class HubError(OnTheFlyError, RuntimeError):
+    """The dashboard's server cannot be started, or not in the way that was asked for."""
+
+    exit_code = 9
 
 
 class InexactError(OnTheFlyError, RuntimeError):

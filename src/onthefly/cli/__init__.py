@@ -17,6 +17,7 @@ from onthefly.errors import OnTheFlyError, said
 _MODULES = {
     "status": "status",
     "watch": "watch",
+    "ui": "ui",
     "pause": "steer",
     "resume": "resume",
     "save": "steer",

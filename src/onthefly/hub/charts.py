@@ -1,0 +1,342 @@
+"""Few points of many: the series of a chart, at about two points a pixel. Only `Charts` reads a store; the rest takes arrays."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from tsdownsample import MinMaxLTTBDownsampler
+
+from onthefly.runs.lineage import Lineage
+from onthefly.store import charts, queries
+from onthefly.store.charts import Extent
+from onthefly.store.points import RESOLUTIONS
+from onthefly.store.queries import Series
+
+if TYPE_CHECKING:
+    from onthefly.client import Client
+
+X = Literal["step", "time", "relative"]
+Pair = tuple[str, str]
+"""A run and a metric."""
+
+_CACHED = 64 << 20  # bytes
+_STRANGE = 1000  # values that are not numbers, of one series, that are shown
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a chart asks for; see docs/api.md, `/series`."""
+
+    series: tuple[Pair, ...]
+    points: int = 2000
+    x: X = "step"
+    low: float | None = None
+    high: float | None = None
+    grid: bool = True
+    joined: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """The columns of a chart, and what they are. `version` is another one when they might be others."""
+
+    columns: Mapping[str, np.ndarray]
+    series: list[dict[str, Any]]
+    version: str
+
+    @property
+    def size(self) -> int:
+        return sum(column.nbytes for column in self.columns.values())
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Steps of one run on the line that leads to another's head."""
+
+    run: str
+    after: int | None
+    last: int | None
+
+
+class Charts:
+    """Answers questions about the series of one store. What it has drawn it keeps, so that it is made once for all pages.
+
+    Threads may share it.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._drawn: OrderedDict[Question, Drawn] = OrderedDict()
+        self._size = 0
+        self._lock = threading.Lock()  # guards the two above
+
+    def versions(self, questions: Sequence[Question]) -> list[str]:
+        """The present version of each chart, at the price of a look at an index."""
+        return [self._version(question, *self._about(question)) for question in questions]
+
+    def draw(self, question: Question) -> Drawn:
+        """The chart as it is now."""
+        paths, extents = self._about(question)
+        version = self._version(question, paths, extents)
+        with self._lock:
+            kept = self._drawn.get(question)
+            if kept is not None and kept.version == version:
+                self._drawn.move_to_end(question)
+                return kept
+        made = self._make(question, paths, extents, version)
+        with self._lock:
+            old = self._drawn.pop(question, None)
+            self._size += made.size - (old.size if old is not None else 0)
+            self._drawn[question] = made
+            while self._size > _CACHED and len(self._drawn) > 1:
+                self._size -= self._drawn.popitem(last=False)[1].size
+        return made
+
+    def _about(self, question: Question) -> tuple[dict[str, tuple[_Stretch, ...]], dict[Pair, Extent]]:
+        runs = {run for run, _ in question.series}
+        paths: dict[str, tuple[_Stretch, ...]] = {run: (_Stretch(run, None, None),) for run in runs}
+        if question.joined:
+            rows = self._client.runs()
+            lineage, known = Lineage(rows), {row.name for row in rows}
+            for run in runs & known:
+                segments = lineage.path(run)
+                paths[run] = tuple(
+                    _Stretch(s.run, s.first_step if s.first_step >= 0 else None, s.last_step) for s in segments
+                )
+        involved = {stretch.run for path in paths.values() for stretch in path}
+        return paths, charts.extents(self._client.store, involved)
+
+    def _version(
+        self, question: Question, paths: Mapping[str, tuple[_Stretch, ...]], extents: Mapping[Pair, Extent]
+    ) -> str:
+        said = []
+        for run, name in question.series:
+            for stretch in paths[run]:
+                extent = extents.get((stretch.run, name))
+                said.append(extent.version if extent is not None else "")
+        return ",".join(said)
+
+    def _make(
+        self,
+        question: Question,
+        paths: Mapping[str, tuple[_Stretch, ...]],
+        extents: Mapping[Pair, Extent],
+        version: str,
+    ) -> Drawn:
+        begins = self._beginnings(question, paths)
+        read = self._read(question, paths, extents, begins)
+        found = [read.get(pair, (_EMPTY, 1)) for pair in question.series]
+        lines = [
+            _line(series, question, begins[run]) for (run, _), (series, _) in zip(question.series, found, strict=True)
+        ]
+        columns = gridded(lines, question) if question.grid else apart(lines, question.points)
+        about = [
+            {
+                "run": run,
+                "name": name,
+                "points": sum(e.points for s in paths[run] if (e := extents.get((s.run, name))) is not None),
+                "resolution": resolution,
+                "version": ",".join(e.version for s in paths[run] if (e := extents.get((s.run, name))) is not None),
+            }
+            for (run, name), (_, resolution) in zip(question.series, found, strict=True)
+        ]
+        return Drawn(columns, about, version)
+
+    def _beginnings(self, question: Question, paths: Mapping[str, tuple[_Stretch, ...]]) -> dict[str, float]:
+        """What `relative` counts from: when the first run on each line was made."""
+        if question.x != "relative":
+            return dict.fromkeys(paths, 0.0)
+        created = {row.name: row.created for row in self._client.runs()}
+        return {run: created.get(path[0].run, 0.0) for run, path in paths.items()}
+
+    def _read(
+        self,
+        question: Question,
+        paths: Mapping[str, tuple[_Stretch, ...]],
+        extents: Mapping[Pair, Extent],
+        begins: Mapping[str, float],
+    ) -> dict[Pair, tuple[Series, int]]:
+        """Every series that is asked for, fine enough for its chart, and at which resolution it was read."""
+        parts: dict[Pair, list[tuple[Series, int]]] = {}
+        wanted: dict[str, list[str]] = {}
+        for run, name in question.series:
+            wanted.setdefault(run, []).append(name)
+        for run, names in wanted.items():
+            for stretch in paths[run]:
+                there = {name: extent for name in names if (extent := extents.get((stretch.run, name))) is not None}
+                if not there:
+                    continue
+                low, high = self._bounds(question, stretch, there, begins[run])
+                share = self._share(stretch.run, low, high)
+                for (resolution, generations), some in _by_reading(question, there, share).items():
+                    got = charts.read(
+                        self._client.store,
+                        stretch.run,
+                        some,
+                        generations=generations,
+                        resolution=resolution,
+                        first=low,
+                        last=high,
+                    )
+                    for name, series in got.items():
+                        parts.setdefault((run, name), []).append((_cut(series, stretch), resolution))
+        return {
+            pair: (_joined([series for series, _ in found]), max(resolution for _, resolution in found))
+            for pair, found in parts.items()
+        }
+
+    def _bounds(
+        self, question: Question, stretch: _Stretch, there: Mapping[str, Extent], begin: float
+    ) -> tuple[int | None, int | None]:
+        """The steps between which a run is read. Those of a time are found in a coarse copy of its longest series."""
+        low, high = question.low, question.high
+        if question.x != "step" and (low is not None or high is not None):
+            name = max(there, key=lambda name: there[name].points)
+            coarse = coarseness(there[name].points, question.points)
+            probe = charts.read(
+                self._client.store, stretch.run, [name], generations=there[name].generations, resolution=coarse
+            )[name]
+            x, steps = probe.times - begin, probe.steps
+            before = np.flatnonzero(x < low) if low is not None else np.empty(0, np.int64)
+            behind = np.flatnonzero(x > high) if high is not None else np.empty(0, np.int64)
+            low = float(steps[before[-1]]) if len(before) else None
+            high = float(steps[behind[0]]) if len(behind) else None
+        lows = [int(np.floor(edge)) for edge in (low, stretch.after) if edge is not None]
+        highs = [int(np.ceil(edge)) for edge in (high, stretch.last) if edge is not None]
+        return max(lows, default=None), min(highs, default=None)
+
+    def _share(self, run: str, low: int | None, high: int | None) -> float:
+        """Which part of a run's points lies between two steps, about."""
+        if low is None and high is None:
+            return 1.0
+        head = max(1, self._client.heads().get(run, (1, 0))[0])
+        return min(1.0, max(0.0, (head if high is None else min(high, head)) - max(low or 0, 0)) / head)
+
+
+def _by_reading(
+    question: Question, there: Mapping[str, Extent], share: float
+) -> dict[tuple[int, tuple[int, ...]], list[str]]:
+    """Which metrics of a run can be read in one go: those of one resolution and the same generations."""
+    groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for name, extent in there.items():
+        resolution = coarseness(int(extent.points * share), question.points)
+        groups.setdefault((resolution, extent.generations), []).append(name)
+    return groups
+
+
+_EMPTY = Series(np.empty(0, np.int64), np.empty(0), np.empty(0))
+
+
+def coarseness(stored: int, points: int) -> int:
+    """The coarsest resolution that still gives a chart as many points as it shows: two of each so many are left."""
+    return max((r for r in RESOLUTIONS if 2 * stored // r >= points), default=1)
+
+
+def gridded(lines: Sequence[tuple[np.ndarray, np.ndarray]], question: Question) -> dict[str, np.ndarray]:
+    """One x column for all lines: every x that occurs when they are few, otherwise buckets with two places each."""
+    every = np.unique(np.concatenate([x for x, _ in lines])) if lines else np.empty(0)
+    if len(every) <= question.points:
+        columns = {"x": every.astype(np.float64)}
+        for number, (x, y) in enumerate(lines):
+            column = np.full(len(every), np.nan)
+            column[np.searchsorted(every, x)] = y
+            columns[str(number)] = column
+        return columns
+    count = question.points // 2
+    low, high = float(every[0]), float(every[-1])
+    columns = {"x": low + (high - low) * (np.arange(2 * count) + 0.5) / (2 * count)}
+    for number, (x, y) in enumerate(lines):
+        columns[str(number)] = bucketed(x, y, low, high, count)
+    return columns
+
+
+def bucketed(x: np.ndarray, y: np.ndarray, low: float, high: float, count: int) -> np.ndarray:
+    """For each bucket of x, which is sorted, the first and the second of its lowest and highest value: [2 * count], NaN where
+    there is nothing."""
+    found = np.full(2 * count, np.nan)
+    there = ~np.isnan(y)
+    x, y = x[there], y[there]
+    if not len(x):
+        return found
+    bucket = np.minimum(((x - low) * (count / (high - low))).astype(np.int64), count - 1)
+    starts = np.flatnonzero(np.concatenate(([True], bucket[1:] != bucket[:-1])))
+    lengths = np.diff(np.append(starts, len(x)))
+    lowest, highest = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
+    first_low = _first(y == np.repeat(lowest, lengths), starts)
+    first_high = _first(y == np.repeat(highest, lengths), starts)
+    falling = first_high < first_low
+    at = bucket[starts]
+    found[2 * at] = np.where(falling, highest, lowest)
+    found[2 * at + 1] = np.where(falling, lowest, highest)
+    return found
+
+
+def apart(lines: Sequence[tuple[np.ndarray, np.ndarray]], points: int) -> dict[str, np.ndarray]:
+    """Each line with an x column of its own."""
+    columns = {}
+    for number, (x, y) in enumerate(lines):
+        kept = downsampled(x, y, points)
+        columns[f"{number}.x"], columns[f"{number}.y"] = x[kept], y[kept]
+    return columns
+
+
+def downsampled(x: np.ndarray, y: np.ndarray, points: int) -> np.ndarray:
+    """The places of at most so many points that look like all, x being sorted; and of some that are not finite."""
+    if len(x) <= points:
+        return np.arange(len(x))
+    good = np.flatnonzero(np.isfinite(y))
+    strange = np.flatnonzero(~np.isfinite(y))
+    kept = good
+    if len(good) > points:
+        kept = good[
+            MinMaxLTTBDownsampler().downsample(  # type: ignore[no-untyped-call]
+                x[good], y[good], n_out=points
+            )
+        ]
+    return np.union1d(kept, strange[:: max(1, len(strange) // _STRANGE)])
+
+
+def _first(where: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """In each of the groups that begin at `starts`, the first place that is true; there is one."""
+    places = np.flatnonzero(where)
+    found: np.ndarray = places[np.searchsorted(places, starts)]
+    return found
+
+
+def _line(series: Series, question: Question, begin: float) -> tuple[np.ndarray, np.ndarray]:
+    """x and y, sorted by x, without what lies outside, but for one point at each end. Of equal x the last one counts."""
+    if question.x == "step":
+        x = series.steps.astype(np.float64)
+    else:
+        x = series.times - begin if question.x == "relative" else series.times
+    y = series.values
+    if np.any(x[1:] < x[:-1]):
+        order = x.argsort(kind="stable")
+        x, y = x[order], y[order]
+    low = 0 if question.low is None else max(0, int(np.searchsorted(x, question.low)) - 1)
+    high = len(x) if question.high is None else int(np.searchsorted(x, question.high, "right")) + 1
+    return x[low:high], y[low:high]
+
+
+def _cut(series: Series, stretch: _Stretch) -> Series:
+    """The points of one stretch alone: those at its edges belong to one run only."""
+    keep = np.ones(len(series.steps), bool)
+    if stretch.after is not None:
+        keep &= series.steps > stretch.after
+    if stretch.last is not None:
+        keep &= series.steps <= stretch.last
+    if keep.all():
+        return series
+    return queries.Series(series.steps[keep], series.values[keep], series.times[keep])
+
+
+def _joined(parts: Sequence[Series]) -> Series:
+    if len(parts) == 1:
+        return parts[0]
+    columns = [np.concatenate([getattr(part, name) for part in parts]) for name in ("steps", "values", "times")]
+    return Series(*columns)
