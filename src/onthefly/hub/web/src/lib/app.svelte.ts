@@ -31,6 +31,8 @@ export interface ForkRequest {
   checkpoint?: { id: number; run: string; step: number }
 }
 
+const RARE = ['command', 'newRun', 'runTransition', 'tested', 'generation', 'undo', 'inexact', 'scanned']
+
 class App {
   page: PageId = $state('overview')
   ready = $state(false)
@@ -104,7 +106,13 @@ class App {
   }
 
   async open(store: string): Promise<void> {
-    const page = await get<{ events: Event[]; cursor: string }>(inStore(store, '/events?newest=1000'))
+    const page = await get<{ events: Event[]; cursor: string }>(inStore(store, '/events?newest=600'))
+    // Saves are many: what matters more would be behind them, out of sight.
+    const rare = await Promise.all(
+      RARE.map((kind) => get<{ events: Event[] }>(inStore(store, `/events?newest=300&kind=${kind}`))),
+    )
+    const events = [...new Map([...rare, page].flatMap((one) => one.events).map((event) => [event.id, event])).values()]
+    events.sort((a, b) => a.time - b.time || a.session - b.session || a.seq - b.seq)
     try {
       localStorage.setItem('store', store)
     } catch {
@@ -119,7 +127,7 @@ class App {
     this.selectedRun = null
     this.#colours.clear()
     this.#next = 0
-    live.follow(store, page.events, page.cursor)
+    live.follow(store, events, page.cursor)
     await Promise.all([this.refreshRuns(), this.refreshCommands()])
   }
 

@@ -23,6 +23,14 @@ const PACE = 120 // milliseconds between two acknowledgements, at least
 
 export const backOff = (tries: number): number => Math.min(1000, 100 * 2 ** tries)
 
+/** Not too many: the oldest saves go first, then the oldest of all. */
+export function trimmed(events: Event[]): Event[] {
+  if (events.length <= KEPT) return events
+  let spare = events.length - KEPT + 300
+  const left = events.filter((event) => !(event.kind.startsWith('checkpoint') && spare-- > 0))
+  return left.slice(-KEPT)
+}
+
 class Live {
   state: 'connecting' | 'open' | 'lost' | 'signedOut' = $state('connecting')
   lostSince: number = $state(0)
@@ -180,7 +188,7 @@ class Live {
     if (mine.events?.length) {
       const fresh = mine.events.filter((event) => !this.#seen.has(event.id))
       for (const event of fresh) this.#seen.add(event.id)
-      if (fresh.length) this.events = [...this.events, ...fresh].slice(-KEPT)
+      if (fresh.length) this.events = trimmed([...this.events, ...fresh])
     }
     if (mine.cursor) this.#cursor = mine.cursor
   }

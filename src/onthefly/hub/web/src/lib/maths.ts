@@ -80,7 +80,7 @@ export function yRange(lines: ArrayLike<number>[], robust: boolean, log: boolean
       low = Math.max(low, Math.exp(Math.log(q1) - reach))
       high = Math.min(high, Math.exp(Math.log(q3) + reach))
     } else {
-      const reach = 0.5 * (q3 - q1)
+      const reach = 2 * (q3 - q1)
       if (reach > 0) {
         low = Math.max(low, q1 - reach)
         high = Math.min(high, q3 + reach)
