@@ -298,7 +298,8 @@ export function asked(command: Command): string {
       .map(([name, value]) => `${name} = ${plain(value)}`)
       .join(', ')
   const parts: string[] = []
-  if (command.kind === 'set') parts.push(values(a.values) + (a.hold ? ' (held)' : '') + (a.release ? ' (released)' : ''))
+  if (command.kind === 'set')
+    parts.push(values(a.values) + (a.hold ? ' (held)' : '') + (a.release ? ' (released)' : ''))
   if (command.kind === 'forkRun') {
     if (a.name) parts.push(String(a.name))
     if (values(a.values)) parts.push(values(a.values))
@@ -343,7 +344,10 @@ export function outcome(command: Command): string {
       return `Saved${at}${r.hash ? ` · ${short(String(r.hash))}` : ''}`
     case 'testRun':
       return `Tested${at}: ${Object.entries(r)
-        .filter(([name, value]) => typeof value === 'number' && !['samples', 'seconds', 'size', 'step', 'epoch'].includes(name))
+        .filter(
+          ([name, value]) =>
+            typeof value === 'number' && !['samples', 'seconds', 'size', 'step', 'epoch'].includes(name),
+        )
         .map(([name, value]) => `${name} ${number(value)}`)
         .join(', ')}`
     case 'set': {
@@ -358,7 +362,9 @@ export function outcome(command: Command): string {
     case 'scanSamples':
       return `${number(r.samples)} ${r.data} samples scanned, mean loss ${number(r.loss)}`
     case 'mergeRuns':
-      return r.run ? `${r.run} merged by ${plain(r.strategy ?? r.committed ?? 'the best')}` : `${(r.candidates as unknown[])?.length ?? 0} merges judged`
+      return r.run
+        ? `${r.run} merged by ${plain(r.strategy ?? r.committed ?? 'the best')}`
+        : `${(r.candidates as unknown[])?.length ?? 0} merges judged`
     case 'resetSession':
       return `Reset to the beginning`
     case 'stop':

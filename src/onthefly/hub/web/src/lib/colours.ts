@@ -5,7 +5,10 @@ const DARK = ['#4da3e0', '#ff8a3d', '#2fc796', '#e58cc0', '#7fd0ff', '#e6b030', 
 
 const dark = window.matchMedia('(prefers-color-scheme: dark)')
 
-export const theme = { isDark: () => dark.matches, onChange: (told: () => void) => dark.addEventListener('change', told) }
+export const theme = {
+  isDark: () => dark.matches,
+  onChange: (told: () => void) => dark.addEventListener('change', told),
+}
 
 /** A colour for a place in the order of runs. Beyond eight, the dash tells them apart: see `dashOf`. */
 export function colourAt(place: number): string {

@@ -7,7 +7,7 @@ export const NODE = { width: 176, height: 46 }
 
 export interface Placed {
   nodes: { id: string; x: number; y: number }[]
-  edges: { from: string; to: string; path: string; middle: [number, number] }[]
+  edges: { from: string; to: string; path: string; label: [number, number] }[]
   width: number
   height: number
 }
@@ -22,7 +22,8 @@ export function visible(nodes: GraphNode[], edges: GraphEdge[], collapsed: Set<s
     if (known !== undefined) return known
     found.set(id, true) // should there be a circle, it ends
     const above = parents.get(id) ?? []
-    const answer = above.length === 0 || depth > 5000 || above.some((one) => !collapsed.has(one) && isVisible(one, depth + 1))
+    const answer =
+      above.length === 0 || depth > 5000 || above.some((one) => !collapsed.has(one) && isVisible(one, depth + 1))
     found.set(id, answer)
     return answer
   }
@@ -68,7 +69,7 @@ export function place(nodes: GraphNode[], edges: GraphEdge[]): Placed {
         from: edge.from,
         to: edge.to,
         path: `M${x0} ${y0}C${x0 + bend} ${y0} ${x1 - bend} ${y1} ${x1} ${y1}`,
-        middle: [(x0 + x1) / 2, (y0 + y1) / 2],
+        label: [x1 - 12, y1 - 5],
       }
     }),
     width: size.width ?? 0,

@@ -61,7 +61,8 @@ export type Anchor = [step: number, epoch: number]
 
 /** The epoch of a step, as a number with a fraction, from steps at which epochs are known to have ended. */
 export function epochAt(anchors: Anchor[], step: number): number {
-  if (anchors.length < 2) return anchors.length === 1 && anchors[0][0] > 0 ? (step * anchors[0][1]) / anchors[0][0] : step
+  if (anchors.length < 2)
+    return anchors.length === 1 && anchors[0][0] > 0 ? (step * anchors[0][1]) / anchors[0][0] : step
   let high = anchors.findIndex(([at]) => at >= step)
   if (high < 0) high = anchors.length - 1
   if (high === 0) high = 1

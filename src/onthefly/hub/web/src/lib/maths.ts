@@ -7,7 +7,10 @@ export function glob(pattern: string): (text: string) => boolean {
     .filter(Boolean)
     .map((part) => {
       if (!/[*?[]/.test(part)) return (text: string) => text.toLowerCase().includes(part.toLowerCase())
-      const source = part.replace(/[.+^${}()|\\]/g, '\\$&').replaceAll('*', '.*').replaceAll('?', '.')
+      const source = part
+        .replace(/[.+^${}()|\\]/g, '\\$&')
+        .replaceAll('*', '.*')
+        .replaceAll('?', '.')
       try {
         const expression = new RegExp(`^${source}$`, 'i')
         return (text: string) => expression.test(text)
@@ -160,4 +163,15 @@ export function fuzzy(query: string, text: string): number | null {
     at = next + 1
   }
   return cost
+}
+
+/** Round values between two ends, about so many. */
+export function ticks(low: number, high: number, about = 5): number[] {
+  const rough = (high - low) / about
+  if (!(rough > 0)) return [low]
+  const power = 10 ** Math.floor(Math.log10(rough))
+  const step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough) ?? rough
+  const found: number[] = []
+  for (let n = Math.ceil(low / step); n * step <= high + step * 1e-9; n++) found.push(+(n * step).toPrecision(12))
+  return found
 }
