@@ -40,7 +40,7 @@ test-long: .venv/stamp
 
 # Every benchmark runs, also after one has missed its target.
 bench: .venv/stamp
-	@failed=0; for name in start_up log_call step_overhead pause_latency checkpoint sample_selectors dynamics scan fisher; do \
+	@failed=0; for name in start_up log_call step_overhead pause_latency checkpoint sample_selectors dynamics scan fisher hub; do \
 		$(BIN)/python benchmarks/$$name.py || failed=1; done; exit $$failed
 
 clean:

@@ -2,7 +2,7 @@
 
 The store is the only bus, so a door cannot tell it from a training process. It loads no torch. It says `ready ID` when it
 can be commanded. Options are words: `run=NAME`, `steps=N` (then it ends, finished), `deaf` (never answers),
-`dies=KIND` (is killed when it gets that command), `notebook` (has no command line).
+`dies=KIND` (is killed when it gets that command), `metric=NAME` (what it logs), `notebook` (has no command line).
 """
 
 import json
@@ -40,7 +40,7 @@ class Player:
         self.lock = SessionLock(self.store.lock_path(self.id))
         self.lock.acquire()
         self.journal = Journal(self.store.journal_path(self.id))
-        self.loss = self.journal.series(self.run, 0, "loss")
+        self.loss = self.journal.series(self.run, 0, options.get("metric", "loss"))
         self.journal.fact("run", {"run": self.run, "status": "running"})
         self.event("sessionStarted", session=self.id, resumed=resumed is not None)
         self.tell()

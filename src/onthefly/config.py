@@ -56,6 +56,8 @@ class SessionConfig:
     """Largest gradient norm, applied just before each optimizer step; `onthefly set grad_clip=` changes it live."""
     exact_augmentation: bool = True
     """Seed every sample's augmentation by its position, so that loader workers can be repeated exactly."""
+    ui: bool = False
+    """Start the dashboard as a process of its own, if none serves the store, and say its URL. `ONTHEFLY_UI=1` does so, too."""
     handle_signals: bool = True
     """Finish the step, save and leave on SIGINT and SIGTERM (only in the main thread)."""
 

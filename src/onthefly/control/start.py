@@ -22,7 +22,7 @@ import torch
 from onthefly.checkpoints import format
 from onthefly.checkpoints.durable import remove_stray
 from onthefly.config import SessionConfig
-from onthefly.control import commands
+from onthefly.control import commands, dashboard
 from onthefly.control.history import History
 from onthefly.control.ring import Kept
 from onthefly.errors import CheckpointError, InexactError, InvalidCommandError, ResumeError
@@ -152,9 +152,10 @@ def begin(config: SessionConfig, inexact: Sequence[str]) -> Start:
         about = _About(store, config, launch.record(number), inexact)
         if replay is not None:
             return _replayed(about, json.loads(replay))
-        if resume is not None:
-            return _resumed(about, resume)
-        return _fresh(about)
+        begun = _resumed(about, resume) if resume is not None else _fresh(about)
+        if config.ui or os.environ.get(dashboard.ASKED) == "1":
+            dashboard.show(store.root, _say)
+        return begun
     except BaseException:
         store.close()
         raise

@@ -59,6 +59,9 @@ def create_app(
     async def living(app: FastAPI) -> AsyncIterator[None]:
         # Each thread may hold a connection to a database, and a pool has fifteen.
         anyio.to_thread.current_default_thread_limiter().total_tokens = limits.threads
+        # FastAPI puts its routes together when they are first looked at: now, rather than while the first page waits.
+        for route in app.router.routes:
+            route.matches({"type": "http", "method": "GET", "path": f"{API}/", "root_path": "", "headers": []})
         yield
         opened.close()
 
@@ -95,7 +98,8 @@ def create_app(
         headers = {"Cache-Control": "no-cache"}
         return FileResponse(page, headers=headers) if page.is_file() else HTMLResponse(_NOT_BUILT, headers=headers)
 
-    app.mount("/", GZipMiddleware(_Files(directory=web, check_dir=False), minimum_size=1024))
+    if web.is_dir():
+        app.mount("/", GZipMiddleware(_Files(directory=web), minimum_size=1024))
     app.add_middleware(Guard, keys=keys, allowed=tuple(allow_hosts), limits=limits)
     return app
 

@@ -63,6 +63,16 @@ class _Stretch:
     last: int | None
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """How a series is read."""
+
+    resolution: int
+    generations: tuple[int, ...]
+    first: int | None
+    last: int | None
+
+
 class Charts:
     """Answers questions about the series of one store. What it has drawn it keeps, so that it is made once for all pages.
 
@@ -109,7 +119,7 @@ class Charts:
                     _Stretch(s.run, s.first_step if s.first_step >= 0 else None, s.last_step) for s in segments
                 )
         involved = {stretch.run for path in paths.values() for stretch in path}
-        return paths, charts.extents(self._client.store, involved)
+        return paths, charts.extents(self._client.store, involved, {name for _, name in question.series})
 
     def _version(
         self, question: Question, paths: Mapping[str, tuple[_Stretch, ...]], extents: Mapping[Pair, Extent]
@@ -163,32 +173,54 @@ class Charts:
     ) -> dict[Pair, tuple[Series, int]]:
         """Every series that is asked for, fine enough for its chart, and at which resolution it was read."""
         parts: dict[Pair, list[tuple[Series, int]]] = {}
+        heads: dict[str, int] = {}
+        if question.low is not None or question.high is not None or question.joined:
+            for (run, _), (_, _, last) in charts.spans(self._client.store).items():
+                heads[run] = max(heads.get(run, 1), last)
         wanted: dict[str, list[str]] = {}
         for run, name in question.series:
             wanted.setdefault(run, []).append(name)
+        readings: dict[_Reading, dict[str, set[str]]] = {}
+        pieces: list[tuple[Pair, _Stretch, _Reading]] = []
         for run, names in wanted.items():
             for stretch in paths[run]:
                 there = {name: extent for name in names if (extent := extents.get((stretch.run, name))) is not None}
                 if not there:
                     continue
                 low, high = self._bounds(question, stretch, there, begins[run])
-                share = self._share(stretch.run, low, high)
-                for (resolution, generations), some in _by_reading(question, there, share).items():
-                    got = charts.read(
-                        self._client.store,
-                        stretch.run,
-                        some,
-                        generations=generations,
-                        resolution=resolution,
-                        first=low,
-                        last=high,
-                    )
-                    for name, series in got.items():
-                        parts.setdefault((run, name), []).append((_cut(series, stretch), resolution))
+                share = _share(heads.get(stretch.run, 1), low, high)
+                for name, extent in there.items():
+                    resolution = coarseness(int(extent.points * share), question.points)
+                    reading = _Reading(resolution, extent.generations, low, high)
+                    readings.setdefault(reading, {}).setdefault(name, set()).add(stretch.run)
+                    pieces.append(((run, name), stretch, reading))
+        got = {reading: self._all(reading, by_name) for reading, by_name in readings.items()}
+        for (run, name), stretch, reading in pieces:
+            series = got[reading].get((stretch.run, name))
+            if series is not None:
+                parts.setdefault((run, name), []).append((_cut(series, stretch), reading.resolution))
         return {
             pair: (_joined([series for series, _ in found]), max(resolution for _, resolution in found))
             for pair, found in parts.items()
         }
+
+    def _all(self, reading: _Reading, by_name: Mapping[str, set[str]]) -> dict[Pair, Series]:
+        """Series that are read in the same way; metrics of the same runs by one statement."""
+        together: dict[frozenset[str], list[str]] = {}
+        for name, runs in by_name.items():
+            together.setdefault(frozenset(runs), []).append(name)
+        found: dict[Pair, Series] = {}
+        for of, names in together.items():
+            found |= charts.read(
+                self._client.store,
+                of,
+                names,
+                generations=reading.generations,
+                resolution=reading.resolution,
+                first=reading.first,
+                last=reading.last,
+            )
+        return found
 
     def _bounds(
         self, question: Question, stretch: _Stretch, there: Mapping[str, Extent], begin: float
@@ -198,9 +230,8 @@ class Charts:
         if question.x != "step" and (low is not None or high is not None):
             name = max(there, key=lambda name: there[name].points)
             coarse = coarseness(there[name].points, question.points)
-            probe = charts.read(
-                self._client.store, stretch.run, [name], generations=there[name].generations, resolution=coarse
-            )[name]
+            reading = _Reading(coarse, there[name].generations, None, None)
+            probe = self._all(reading, {name: {stretch.run}})[stretch.run, name]
             x, steps = probe.times - begin, probe.steps
             before = np.flatnonzero(x < low) if low is not None else np.empty(0, np.int64)
             behind = np.flatnonzero(x > high) if high is not None else np.empty(0, np.int64)
@@ -210,23 +241,12 @@ class Charts:
         highs = [int(np.ceil(edge)) for edge in (high, stretch.last) if edge is not None]
         return max(lows, default=None), min(highs, default=None)
 
-    def _share(self, run: str, low: int | None, high: int | None) -> float:
-        """Which part of a run's points lies between two steps, about."""
-        if low is None and high is None:
-            return 1.0
-        head = max(1, self._client.heads().get(run, (1, 0))[0])
-        return min(1.0, max(0.0, (head if high is None else min(high, head)) - max(low or 0, 0)) / head)
 
-
-def _by_reading(
-    question: Question, there: Mapping[str, Extent], share: float
-) -> dict[tuple[int, tuple[int, ...]], list[str]]:
-    """Which metrics of a run can be read in one go: those of one resolution and the same generations."""
-    groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-    for name, extent in there.items():
-        resolution = coarseness(int(extent.points * share), question.points)
-        groups.setdefault((resolution, extent.generations), []).append(name)
-    return groups
+def _share(head: int, low: int | None, high: int | None) -> float:
+    """Which part of a run's points lies between two steps, about."""
+    if low is None and high is None:
+        return 1.0
+    return min(1.0, max(0.0, (head if high is None else min(high, head)) - max(low or 0, 0)) / head)
 
 
 _EMPTY = Series(np.empty(0, np.int64), np.empty(0), np.empty(0))
@@ -239,8 +259,9 @@ def coarseness(stored: int, points: int) -> int:
 
 def gridded(lines: Sequence[tuple[np.ndarray, np.ndarray]], question: Question) -> dict[str, np.ndarray]:
     """One x column for all lines: every x that occurs when they are few, otherwise buckets with two places each."""
-    every = np.unique(np.concatenate([x for x, _ in lines])) if lines else np.empty(0)
-    if len(every) <= question.points:
+    longest = max((len(x) for x, _ in lines), default=0)
+    every = np.unique(np.concatenate([x for x, _ in lines])) if longest <= question.points else None
+    if every is not None and len(every) <= question.points:
         columns = {"x": every.astype(np.float64)}
         for number, (x, y) in enumerate(lines):
             column = np.full(len(every), np.nan)
@@ -248,7 +269,8 @@ def gridded(lines: Sequence[tuple[np.ndarray, np.ndarray]], question: Question) 
             columns[str(number)] = column
         return columns
     count = question.points // 2
-    low, high = float(every[0]), float(every[-1])
+    low = min(float(x[0]) for x, _ in lines if len(x))
+    high = max(float(x[-1]) for x, _ in lines if len(x))
     columns = {"x": low + (high - low) * (np.arange(2 * count) + 0.5) / (2 * count)}
     for number, (x, y) in enumerate(lines):
         columns[str(number)] = bucketed(x, y, low, high, count)

@@ -1,19 +1,18 @@
 """What a chart reads from a store: how many points its series have, and a stretch of them at a resolution.
 
-It is apart from `queries.series` because a page asks for hundreds of series at once: those of one run are read by one statement.
+It is apart from `queries.series` because a page asks for hundreds of series at once: those of one resolution are read by one statement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sqlalchemy import and_, case, func, null, or_, select
+from sqlalchemy import ColumnElement, Select, case, func, null, select
 
 from onthefly.store import points, queries, schema
-from onthefly.store.points import Points
 
 if TYPE_CHECKING:
     from onthefly.store.queries import Series
@@ -31,18 +30,19 @@ class Extent:
     version: str
 
 
-def extents(store: Store, runs: Collection[str] | None = None) -> dict[tuple[str, str], Extent]:
-    """The extent of every series of some runs, or of all, by run and name. It reads an index alone."""
+def extents(store: Store, runs: Collection[str], names: Collection[str]) -> dict[tuple[str, str], Extent]:
+    """The extent of some metrics of some runs, by run and name. It reads an index alone."""
     table = schema.metric_chunk
     wanted = select(table.c.run, table.c.name, table.c.generation, func.sum(table.c.count), func.max(table.c.id))
     wanted = wanted.group_by(table.c.run, table.c.generation, table.c.name)
-    if runs is not None:
-        wanted = wanted.where(table.c.run.in_(sorted(runs)))
     now = select(schema.run.c.name, schema.run.c.generation)
     found: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
     with store.read() as connection:
-        for run, name, generation, count, newest in connection.execute(wanted):
-            found.setdefault((run, name), []).append((int(generation), int(count), int(newest)))
+        for some in _batches(sorted(runs)):
+            for others in _batches(sorted(names)):
+                these = wanted.where(table.c.run.in_(some), table.c.name.in_(others))
+                for run, name, generation, count, newest in connection.execute(these):
+                    found.setdefault((run, name), []).append((int(generation), int(count), int(newest)))
         standing: dict[str, int] = {row.name: row.generation for row in connection.execute(now)}
     return {
         key: Extent(
@@ -85,56 +85,76 @@ def last_values(store: Store, names: Sequence[str]) -> dict[str, dict[str, float
 
 def read(
     store: Store,
-    run: str,
+    runs: Collection[str],
     names: Collection[str],
     *,
     generations: Collection[int],
     resolution: int = 1,
     first: int | None = None,
     last: int | None = None,
-) -> dict[str, Series]:
-    """Some metrics of a run, between two steps, at a resolution as in `queries.series`. What there is not is not in the answer.
+) -> dict[tuple[str, str], Series]:
+    """Some metrics of some runs, between two steps, at a resolution as in `queries.series`. What there is not is not in the answer.
 
-    `generations` are those that have points of them. A run that was reset is read series by series: one generation hides
+    `generations` are those that have points of them. Runs that were reset are read series by series: one generation hides
     parts of another.
     """
     if len(set(generations)) > 1:
-        whole = {name: queries.series(store, run, name, resolution=resolution) for name in names}
-        return {name: _between(series, first, last) for name, series in whole.items()}
-    table = schema.metric_chunk
-    rollup = table.c[f"rollup_{resolution}"] if resolution > 1 else null()
-    columns = [case((rollup.is_(None), table.c[name])) for name in ("steps", "values", "times")]
-    place = []
-    if first is not None:
-        place.append(table.c.last_step >= first)
-    if last is not None:
-        place.append(table.c.first_step <= last)
-    parts: dict[str, list[Points]] = {}
-    rest: dict[str, list[Points]] = {}
-    ordered = sorted(names)
+        whole = {(run, name): queries.series(store, run, name, resolution=resolution) for run in runs for name in names}
+        return {key: _between(series, first, last) for key, series in whole.items()}
+    rows: dict[tuple[str, str], list[Any]] = {}
     with store.read() as connection:
-        for start in range(0, len(ordered), _SOME):
-            of_run = and_(table.c.run == run, table.c.name.in_(ordered[start : start + _SOME]), *place)
-            present = or_(*(table.c.generation == number for number in generations))
-            wanted = select(table.c.name, rollup, *columns).where(of_run, present).order_by(table.c.id)
-            for name, rolled, steps, values, times in connection.execute(wanted):
-                if rolled is not None:
-                    parts.setdefault(name, []).append(np.frombuffer(rolled, points.POINT))
-                else:
-                    rest.setdefault(name, []).append(points.unpacked(steps, values, times))
-    found = {}
-    for name in {*parts, *rest}:
-        fine = points.join(rest.get(name, []))
-        if resolution > 1 and len(fine):
-            fine = points.extremes(fine, resolution)
-        joined = points.join([*parts.get(name, []), fine])
-        steps = np.ascontiguousarray(joined["step"])
-        order = steps.argsort(kind="stable") if np.any(steps[1:] < steps[:-1]) else slice(None)
-        series = queries.Series(
-            steps[order], np.ascontiguousarray(joined["value"])[order], np.ascontiguousarray(joined["time"])[order]
-        )
-        found[name] = _between(series, first, last)
-    return found
+        for some in _batches(sorted(runs)):
+            for others in _batches(sorted(names)):
+                wanted = _wanted(some, others, generations, resolution, first, last)
+                for row in connection.execute(wanted):
+                    rows.setdefault((row[0], row[1]), []).append(row[2:])
+    return {key: _between(_series(found, resolution), first, last) for key, found in rows.items()}
+
+
+def _wanted(
+    runs: Sequence[str],
+    names: Sequence[str],
+    generations: Collection[int],
+    resolution: int,
+    first: int | None,
+    last: int | None,
+) -> Select[Any]:
+    """Of each chunk its run, name, id, and its rollup or else its points. They come in any order: SQLite would sort blobs."""
+    table = schema.metric_chunk
+    rollup: ColumnElement[Any] = table.c[f"rollup_{resolution}"] if resolution > 1 else null()
+    columns = [case((rollup.is_(None), table.c[name])) for name in ("steps", "values", "times")]
+    wanted = select(table.c.run, table.c.name, table.c.id, rollup, *columns)
+    wanted = wanted.where(table.c.run.in_(runs), table.c.name.in_(names), table.c.generation.in_(sorted(generations)))
+    if first is not None:
+        wanted = wanted.where(table.c.last_step >= first)
+    if last is not None:
+        wanted = wanted.where(table.c.first_step <= last)
+    return wanted
+
+
+def _series(rows: list[Any], resolution: int) -> Series:
+    """The points of one series, from its chunks."""
+    rows.sort(key=lambda row: row[0])
+    coarse = np.frombuffer(b"".join(row[1] for row in rows if row[1] is not None), points.POINT)
+    fine = [
+        np.frombuffer(b"".join(row[place] for row in rows if row[1] is None), kind)
+        for place, kind in ((2, "<i8"), (3, "<f8"), (4, "<f8"))
+    ]
+    if resolution > 1 and len(fine[1]):
+        places = points.extreme_places(fine[1], resolution)
+        fine = [column[places] for column in fine]
+    # Full chunks, which alone have rollups, come first in a series.
+    steps, values, times = (
+        np.concatenate((coarse[name], column)) for name, column in zip(("step", "value", "time"), fine, strict=True)
+    )
+    if np.any(steps[1:] < steps[:-1]):
+        order = steps.argsort(kind="stable")
+        steps, values, times = steps[order], values[order], times[order]
+    return queries.Series(steps, values, times)
+
+
+def _batches(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (names[start : start + _SOME] for start in range(0, len(names), _SOME))
 
 
 def _between(series: Series, first: int | None, last: int | None) -> Series:

@@ -39,11 +39,19 @@ def unpacked(steps: bytes, values: bytes, times: bytes) -> Points:
 
 def extremes(points: Points, size: int) -> Points:
     """The lowest and the highest of each `size` consecutive points, in their order. NaN only where there is nothing else."""
-    values = points["value"]
+    return points[extreme_places(points["value"], size)]
+
+
+def extreme_places(values: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.int64]:
+    """Where the lowest and the highest of each `size` consecutive values are."""
     missing = np.isnan(values)
     low, high = np.where(missing, np.inf, values), np.where(missing, -np.inf, values)
-    kept: set[int] = set()
-    for start in range(0, len(points), size):
-        bucket = slice(start, start + size)
-        kept.update((start + int(low[bucket].argmin()), start + int(high[bucket].argmax())))
-    return points[sorted(kept)]
+    whole = len(values) // size * size
+    starts = np.arange(0, whole, size)
+    kept = [
+        starts + low[:whole].reshape(-1, size).argmin(axis=1),
+        starts + high[:whole].reshape(-1, size).argmax(axis=1),
+    ]
+    if whole < len(values):
+        kept.append(np.array([whole + low[whole:].argmin(), whole + high[whole:].argmax()]))
+    return np.unique(np.concatenate(kept)).astype(np.int64)

@@ -168,12 +168,13 @@ metric_chunk = Table(
     Column("first_step", Integer, nullable=False),
     Column("last_step", Integer, nullable=False),
     Column("count", Integer, nullable=False),
+    # What is left of a full chunk at a lower resolution, as packed points (step, value, time). These stand before the points
+    # themselves: SQLite comes to what is behind them only through every page of them.
+    Column("rollup_4096", LargeBinary),
+    Column("rollup_64", LargeBinary),
     # Packed columns of the points, in the order in which they were recorded: <i8, <f8, <f8.
     Column("steps", LargeBinary, nullable=False),
     Column("values", LargeBinary, nullable=False),
     Column("times", LargeBinary, nullable=False),
-    # What is left of a full chunk at a lower resolution, as packed points (step, value, time).
-    Column("rollup_64", LargeBinary),
-    Column("rollup_4096", LargeBinary),
     Index("metric_chunk_by_series", "run", "generation", "name", "count", "level"),
 )

@@ -1,0 +1,141 @@
+"""Few points of many: nothing that stands out is lost, gaps stay, and what is asked for is what comes."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import onthefly
+from onthefly.hub import charts, columns
+from onthefly.hub.charts import Charts, Question
+from onthefly.store import projection
+from onthefly.store.journal import Journal
+from onthefly.store.store import Store
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """50,000 points of `loss` with one spike, one run with a reset, and a fork of the first at step 30,000."""
+    folder = tmp_path_factory.mktemp("many") / "store"
+    store = Store.open(folder, create=True)
+    nothing = {"launch": None, "environment": {}, "inexact": [], "config": {}}
+    store.create_run("baseline", project="p")
+    session = store.create_session(project="p", run="baseline", pid=1, host="here", time=1.0, **nothing)
+    journal = Journal(store.journal_path(session))
+    series = journal.series("baseline", 0, "loss")
+    for step in range(1, 50_001):
+        journal.metrics(step, 0, 1000.0 + step / 100, [series, 99.0 if step == 31_007 else 1 / step])
+    store.create_run("fork1", project="p", kind="fork", parents=[("baseline", "aa" * 32)])
+    base = {"path": "checkpoints/x", "hash": "aa" * 32, "step": 30_000, "epoch": 0}
+    journal.fact("run", {"run": "fork1", "base": base})
+    fork = journal.series("fork1", 0, "loss")
+    for step in range(30_001, 40_001):
+        journal.metrics(step, 0, 2000.0 + step / 100, [fork, 5.0])
+    projection.project(store, session)
+    journal.close()
+    store.close()
+    with onthefly.connect(folder) as client:
+        yield Charts(client)
+
+
+def test_a_spike_survives_any_reduction(many):
+    for grid in (True, False):
+        for points in (16, 100, 2000):
+            drawn = many.draw(Question((("baseline", "loss"),), points, grid=grid))
+            y = drawn.columns["0" if grid else "0.y"]
+            assert len(y) <= points
+            assert np.nanmax(y) == 99.0
+            assert np.nanmin(y) == 1 / 50_000
+
+
+def test_coarse_data_is_read_for_the_whole_and_fine_data_for_a_zoom(many):
+    whole = many.draw(Question((("baseline", "loss"),), 200))
+    assert whole.series[0]["resolution"] == 64
+    zoomed = many.draw(Question((("baseline", "loss"),), 200, low=31_000, high=31_050))
+    assert zoomed.series[0]["resolution"] == 1
+    x = zoomed.columns["x"]
+    assert x[0] in (30_999.0, 31_000.0)
+    assert 31_007.0 in x
+    assert x[-1] in (31_050.0, 31_051.0)
+
+
+def test_a_zoom_by_time_reads_fine_data_too(many):
+    drawn = many.draw(Question((("baseline", "loss"),), 200, x="time", low=1310.0, high=1310.5))
+    assert drawn.series[0]["resolution"] == 1
+    x = drawn.columns["x"]
+    assert len(x) >= 50
+    assert x[0] == pytest.approx(1310.0, abs=0.011)
+    assert np.nanmax(drawn.columns["0"]) == 99.0
+
+
+def test_curves_of_unequal_length_share_one_grid_with_gaps(many):
+    drawn = many.draw(Question((("baseline", "loss"), ("fork1", "loss")), 100))
+    x, one, other = drawn.columns["x"], drawn.columns["0"], drawn.columns["1"]
+    assert len(x) == len(one) == len(other) == 100
+    assert np.all(np.diff(x) > 0)
+    assert not np.isnan(one).any()
+    assert np.isnan(other[x < 29_000]).all()
+    assert np.isnan(other[x > 41_000]).all()
+    assert (other[(x > 30_600) & (x < 39_400)] == 5.0).all()
+
+
+def test_a_run_is_joined_to_its_ancestor_where_it_branched(many):
+    drawn = many.draw(Question((("fork1", "loss"),), 20_000, joined=True, low=29_990, high=30_010))
+    x, y = drawn.columns["x"], drawn.columns["0"]
+    assert x.tolist() == list(range(29_989, 30_012)) or x.tolist() == list(range(29_990, 30_011))
+    assert y[x == 30_000] == 1 / 30_000
+    assert y[x == 30_001] == 5.0
+
+
+def test_what_is_drawn_once_is_kept_until_it_changes(many):
+    question = Question((("baseline", "loss"),), 500)
+    assert many.draw(question) is many.draw(question)
+
+
+def test_what_there_is_not_is_a_gap(many):
+    drawn = many.draw(Question((("nobody", "loss"), ("baseline", "nothing")), 100))
+    assert len(drawn.columns["x"]) == 0
+    for grid in (True, False):
+        assert all(len(c) == 0 for c in many.draw(Question((("nobody", "x"),), 100, grid=grid)).columns.values())
+
+
+values = st.floats(width=32) | st.just(float("nan"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(values, min_size=1, max_size=300), st.integers(1, 20))
+def test_every_bucket_has_its_lowest_and_highest_in_their_order(numbers, count):
+    y = np.array(numbers, np.float64)
+    x = np.arange(len(y), dtype=np.float64)
+    found = charts.bucketed(x, y, 0.0, max(1.0, x[-1]), count)
+    bucket = np.minimum((x * (count / max(1.0, x[-1]))).astype(int), count - 1)
+    for n in range(count):
+        here = y[(bucket == n) & ~np.isnan(y)]
+        pair = found[2 * n : 2 * n + 2]
+        if not len(here):
+            assert np.isnan(pair).all()
+            continue
+        assert {here.min(), here.max()} == set(pair.tolist())
+        assert (here.argmin() < here.argmax()) <= (pair[0] <= pair[1])
+
+
+def test_columns_come_back_as_they_were():
+    given = {
+        "f8": np.array([1.5, np.nan, -np.inf]),
+        "f4": np.arange(6, dtype=np.float32).reshape(3, 2),
+        "half": np.array([0.5], np.float16),
+        "small": np.array([1, -2], np.int64),
+        "large": np.array([2**40, 1]),
+        "yes": np.array([True, False, True]),
+        "text": np.array(["<b>", "π", ""], object),
+        "none": np.empty(0),
+    }
+    packed = columns.pack(given, {"nan": float("nan"), "deep": [{"a": (1, 2)}]})
+    found, meta = columns.unpack(packed)
+    assert meta == {"nan": None, "deep": [{"a": [1, 2]}]}
+    for name, column in given.items():
+        np.testing.assert_array_equal(np.asarray(found[name], column.dtype), column)
+    assert found["large"].dtype == np.float64
+    assert found["small"].dtype == np.int32
+    head = int.from_bytes(packed[4:8], "little")
+    assert head % 8 == 0
