@@ -142,7 +142,7 @@ def open_page(stage, browser):
         made.set_default_timeout(PATIENCE)
         made.on("dialog", lambda dialog: complaints.append(f"a dialog: {dialog.message}") or dialog.dismiss())
         if not offline:
-            made.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+            made.on("console", lambda said: complaints.append(f"{said.text} {said.location}") if is_complaint(said) else None)
         made.on("pageerror", lambda error: complaints.append(str(error)))
         made.goto(stage.url)
         made.goto(stage.url.partition("?")[0] + f"#/{page}")
