@@ -14,8 +14,7 @@ import onthefly
 
 REPOSITORY = Path(__file__).parents[2]
 WEB = REPOSITORY / "src/onthefly/hub/web"
-HOSTILE = REPOSITORY / "tests/hub/training.py"
-"""A training whose metric is called <script>alert(1)</script>."""
+PLAYER = REPOSITORY / "tests/player.py"
 MAIN = "import sys; from onthefly.cli import main; sys.exit(main())"
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
@@ -25,7 +24,9 @@ PATIENCE = 20_000  # milliseconds
 
 
 def chromium():
-    return next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    return next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -55,7 +56,16 @@ class Stage:
     def __init__(self, folder):
         self.store = folder / "store"
         self.environment = {**os.environ, "ONTHEFLY_STORE": str(self.store)}
-        words = [sys.executable, str(REPOSITORY / "examples/digits.py"), "--slow", "0.05", "--epochs", "400", "--workers", "0"]
+        words = [
+            sys.executable,
+            str(REPOSITORY / "examples/digits.py"),
+            "--slow",
+            "0.05",
+            "--epochs",
+            "400",
+            "--workers",
+            "0",
+        ]
         self.trainer = self._start(words)
         self.hub = None
         self.others = []
@@ -72,7 +82,6 @@ class Stage:
         raise AssertionError("it did not come true")
 
     def until_it_trains(self):
-        self.wait(lambda: (self.store / "onthefly.db").exists())
         with onthefly.connect(self.store) as client:
             self.wait(lambda: bool(client.sessions()) and client.session().step > 5)
 
@@ -85,12 +94,11 @@ class Stage:
         self.hub.send_signal(signal.SIGKILL)
         ended(self.hub)
 
-    def start_hostile(self):
-        self.others.append(self._start([sys.executable, str(HOSTILE), str(self.store)]))
-
-    def until_there_are_two(self):
-        with onthefly.connect(self.store) as client:
-            self.wait(lambda: len(client.sessions(alive=True)) == 2)
+    def start_player(self, *options):
+        """A session beside the real one, that plays (`tests/player.py`)."""
+        player = self._start([sys.executable, str(PLAYER), *options], stdout=subprocess.PIPE)
+        self.others.append(player)
+        assert player.stdout.readline().startswith("ready")
 
     def stop_others(self):
         while self.others:
@@ -107,8 +115,9 @@ class Stage:
 def stage(tmp_path_factory):
     made = Stage(tmp_path_factory.mktemp("web"))
     try:
-        made.until_it_trains()
+        made.wait((made.store / "onthefly.db").exists)
         made.start_hub()
+        made.until_it_trains()
         yield made
     finally:
         made.end()
@@ -142,7 +151,10 @@ def open_page(stage, browser):
         made.set_default_timeout(PATIENCE)
         made.on("dialog", lambda dialog: complaints.append(f"a dialog: {dialog.message}") or dialog.dismiss())
         if not offline:
-            made.on("console", lambda said: complaints.append(f"{said.text} {said.location}") if is_complaint(said) else None)
+            made.on(
+                "console",
+                lambda said: complaints.append(f"{said.text} {said.location}") if is_complaint(said) else None,
+            )
         made.on("pageerror", lambda error: complaints.append(str(error)))
         made.goto(stage.url)
         made.goto(stage.url.partition("?")[0] + f"#/{page}")

@@ -51,8 +51,7 @@ class App {
   dialog: 'fork' | 'help' | 'palette' | 'stop' | 'reset' | null = $state(null)
   fork: ForkRequest = $state.raw({})
 
-  #colours = new Map<string, number>()
-  #next = 0
+  #places = $derived(new Map(this.runs.map((run, place) => [run.name, place])))
   #busy = new Map<string, { again: boolean }>()
 
   get store(): string {
@@ -125,8 +124,6 @@ class App {
     this.marked = []
     this.chosen = null
     this.selectedRun = null
-    this.#colours.clear()
-    this.#next = 0
     live.follow(store, events, page.cursor)
     await Promise.all([this.refreshRuns(), this.refreshCommands()])
   }
@@ -142,7 +139,6 @@ class App {
         get<Graph>(inStore(store, '/graph')),
       ])
       if (store !== this.store) return
-      for (const run of runs) this.#colourPlace(run.name)
       this.runs = runs
       this.graph = graph
       this.metrics = metrics
@@ -177,20 +173,12 @@ class App {
   }
 
   colour(run: string): string {
-    return colourAt(this.#colourPlace(run))
+    return colourAt(this.place(run))
   }
 
+  /** The place of a run in the order in which runs were made: it has the same colour on each page, today and tomorrow. */
   place(run: string): number {
-    return this.#colourPlace(run)
-  }
-
-  #colourPlace(run: string): number {
-    let place = this.#colours.get(run)
-    if (place === undefined) {
-      place = this.#next++
-      this.#colours.set(run, place)
-    }
-    return place
+    return this.#places.get(run) ?? this.#places.size
   }
 
   go(page: PageId): void {
