@@ -23,7 +23,8 @@ demo: .venv/stamp web
 	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: .venv/stamp web
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=term $(TEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/web --cov --cov-report=term $(TEST_ARGS)
+	$(BIN)/python -m pytest -q tests/web
 
 lint: .venv/stamp web
 	$(BIN)/ruff check .

@@ -30,17 +30,18 @@ def chromium():
 
 
 def pytest_collection_modifyitems(items):
-    """These need a browser and the built dashboard, and share a training: one process runs them all, in their order."""
+    """These need a browser and the built dashboard. They share a training and go on from each other: one process runs them all, in their
+    order."""
     missing = None
     if chromium() is None:
         missing = "there is no Chromium"
     elif not (WEB / "dist/index.html").is_file():
         missing = "the dashboard is not built: make web"
+    elif os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
+        missing = "they follow upon each other: pytest tests/web, without -n"
     for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("web"))
-            if missing is not None:
-                item.add_marker(pytest.mark.skip(reason=missing))
+        if missing is not None and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=missing))
 
 
 def ended(process):
