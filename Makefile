@@ -1,7 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint bench results clean
+.PHONY: demo test test-long lint bench results clean web
+
+WEB := src/onthefly/hub/web
 
 # The stamp is remade when what it was made from changes.
 .venv/stamp: pyproject.toml constraints.txt
@@ -9,22 +11,35 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The dashboard. Node comes with the development packages.
+web: $(WEB)/dist/index.html
+
+$(WEB)/dist/index.html: .venv/stamp hatch_build.py $(wildcard $(addprefix $(WEB)/,package-lock.json index.html *.ts *.js)) $(shell find $(WEB)/src $(WEB)/public -type f)
+	$(BIN)/python hatch_build.py
+	touch $@
+
 # Trains with a live view, then proves that it comes back bit for bit. DEMO_ARGS="--epochs 3 --no-view" needs nobody to watch.
-demo: .venv/stamp
+demo: .venv/stamp web
 	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-test: .venv/stamp
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(TEST_ARGS)
+test: .venv/stamp web
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/web $(TEST_ARGS)
+ifndef TEST_ARGS
+	$(BIN)/python -m pytest -q tests/web
+endif
 
 # Which lines no test reaches in its own process; tests take a quarter longer.
-coverage: .venv/stamp
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered $(TEST_ARGS)
+coverage: .venv/stamp web
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/web --cov --cov-report=term-missing:skip-covered $(TEST_ARGS)
 
-lint: .venv/stamp
+lint: .venv/stamp web
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	cd $(WEB) && PATH="$(CURDIR)/$(BIN):$$PATH" npm run --silent lint
+	cd $(WEB) && PATH="$(CURDIR)/$(BIN):$$PATH" npm run --silent check
+	cd $(WEB) && PATH="$(CURDIR)/$(BIN):$$PATH" npm run --silent test
 
 # The full random matrix of exactness, in as many cells as ONTHEFLY_CELLS says.
 test-long: .venv/stamp

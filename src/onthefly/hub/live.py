@@ -108,6 +108,7 @@ class Feed:
     def listen(self, event: asyncio.Event) -> None:
         self._listeners.add(event)
         if self._task is None or self._task.done():
+            self.version += 1  # nobody has looked since the last tab went
             self._task = asyncio.create_task(self._watch())
 
     def leave(self, event: asyncio.Event) -> None:

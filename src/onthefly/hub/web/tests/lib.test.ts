@@ -1,0 +1,219 @@
+import { describe, expect, it } from 'vitest'
+import { numbers, unpack } from '../src/lib/columns'
+import { bytes, duration, number } from '../src/lib/format'
+import { descendants, place, visible } from '../src/lib/layout'
+import { epochAt, markOf, marksOf } from '../src/lib/marks'
+import { fuzzy, glob, histogram, inside, nearest, smooth, ticks, typed, yRange } from '../src/lib/maths'
+import type { Event, GraphEdge, GraphNode } from '../src/lib/types'
+
+function packed(columns: Record<string, Float64Array | Int32Array | string[]>, meta: unknown): ArrayBuffer {
+  const parts: Uint8Array[] = []
+  let offset = 0
+  const head = Object.entries(columns).map(([name, values]) => {
+    const json = Array.isArray(values)
+    const bytes = json ? new TextEncoder().encode(JSON.stringify(values)) : new Uint8Array(values.buffer)
+    const type = json ? 'json' : values instanceof Float64Array ? 'f8' : 'i4'
+    const about = { name, type, offset, length: values.length, width: 1, bytes: bytes.length }
+    const size = Math.ceil(bytes.length / 8) * 8
+    const padded = new Uint8Array(size)
+    padded.set(bytes)
+    parts.push(padded)
+    offset += size
+    return about
+  })
+  let text = JSON.stringify({ columns: head, meta })
+  const size = Math.ceil(new TextEncoder().encode(text).length / 8) * 8
+  text += ' '.repeat(size - new TextEncoder().encode(text).length)
+  const all = new Uint8Array(8 + size + offset)
+  all.set(new TextEncoder().encode('OTF1'))
+  new DataView(all.buffer).setUint32(4, size, true)
+  all.set(new TextEncoder().encode(text), 8)
+  let at = 8 + size
+  for (const part of parts) {
+    all.set(part, at)
+    at += part.length
+  }
+  return all.buffer
+}
+
+describe('columns', () => {
+  it('reads what the hub packs', () => {
+    const found = unpack(
+      packed({ x: new Float64Array([1, NaN, 3]), i: new Int32Array([7]), t: ['é', '<b>'] }, { a: 'ü' }),
+    )
+    expect(found.names).toEqual(['x', 'i', 't'])
+    expect(found.meta).toEqual({ a: 'ü' })
+    expect(Array.from(numbers(found, 'x')!)).toEqual([1, NaN, 3])
+    expect(Array.from(numbers(found, 'i')!)).toEqual([7])
+    expect(found.get('t')).toEqual(['é', '<b>'])
+    expect(numbers(found, 't')).toBeUndefined()
+    expect(found.get('nothing')).toBeUndefined()
+  })
+
+  it('refuses what is none', () => {
+    expect(() => unpack(new ArrayBuffer(16))).toThrow()
+    expect(() => unpack(new ArrayBuffer(2))).toThrow()
+  })
+})
+
+describe('numbers', () => {
+  it('says numbers in few digits', () => {
+    expect(number(0.000123)).toBe('1.23e−4')
+    expect(number(12345)).toBe('12 345')
+    expect(number(0.5)).toBe('0.5000')
+    expect(number(null)).toBe('–')
+    expect(number(NaN)).toBe('NaN')
+    expect(bytes(400372)).toBe('400 kB')
+    expect(duration(3725)).toBe('1 h 02 min')
+  })
+
+  it('takes what is typed for what is meant', () => {
+    expect(typed('1e-3')).toBe(0.001)
+    expect(typed('true')).toBe(true)
+    expect(typed('null')).toBeNull()
+    expect(typed('[0.9, 0.99]')).toEqual([0.9, 0.99])
+    expect(typed('[0.9')).toBe('[0.9')
+    expect(typed(' cosine ')).toBe('cosine')
+  })
+
+  it('finds by glob and by letters', () => {
+    expect(['val_loss', 'loss', 'lr'].filter(glob('val_*'))).toEqual(['val_loss'])
+    expect(['val_loss', 'loss', 'lr'].filter(glob('loss'))).toEqual(['val_loss', 'loss'])
+    expect(['val_loss', 'loss', 'lr'].filter(glob('l?, nothing'))).toEqual(['lr'])
+    expect(['a(b', 'a'].filter(glob('a(*'))).toEqual(['a(b'])
+    expect(fuzzy('svc', 'Save a checkpoint')).not.toBeNull()
+    expect(fuzzy('xyz', 'Save a checkpoint')).toBeNull()
+  })
+})
+
+describe('curves', () => {
+  it('smooths, from the first value on, and leaves gaps', () => {
+    const found = smooth([4, 4, NaN, 8], 0.5)
+    expect(found[0]).toBe(4)
+    expect(found[1]).toBe(4)
+    expect(found[2]).toBeNaN()
+    expect(found[3]).toBeGreaterThan(4)
+    expect(Array.from(smooth([1, 2], 0))).toEqual([1, 2])
+  })
+
+  it('is not flattened by one wild value', () => {
+    const line = Array.from({ length: 500 }, (_, i) => Math.sin(i / 20))
+    line[250] = 1e9
+    const [low, high] = yRange([line], true, false)!
+    expect(low).toBeLessThan(-1)
+    expect(high).toBeLessThan(10)
+    expect(yRange([line], false, false)![1]).toBeGreaterThan(1e8)
+    expect(yRange([[NaN, Infinity]], true, false)).toBeNull()
+    expect(yRange([[0, -1]], true, true)).toBeNull()
+    expect(yRange([[3]], true, false)).toEqual([2.7, 3.3])
+  })
+
+  it('finds places', () => {
+    expect(nearest([1, 5, 9], 6)).toBe(1)
+    expect(nearest([1, 5, 9], 100)).toBe(2)
+    expect(nearest([], 1)).toBe(0)
+    expect(ticks(0, 10)).toEqual([0, 2, 4, 6, 8, 10])
+    expect(Array.from(histogram([0, 0.5, 1, NaN, 2], 0, 1, 2))).toEqual([1, 3])
+    expect(
+      inside(0.5, 0.5, [
+        [0, 0],
+        [1, 0],
+        [1, 1],
+        [0, 1],
+      ]),
+    ).toBe(true)
+    expect(
+      inside(1.5, 0.5, [
+        [0, 0],
+        [1, 0],
+        [1, 1],
+        [0, 1],
+      ]),
+    ).toBe(false)
+  })
+
+  it('knows the epoch of a step', () => {
+    expect(
+      epochAt(
+        [
+          [0, 0],
+          [40, 1],
+          [60, 2],
+        ],
+        20,
+      ),
+    ).toBe(0.5)
+    expect(
+      epochAt(
+        [
+          [0, 0],
+          [40, 1],
+          [60, 2],
+        ],
+        50,
+      ),
+    ).toBe(1.5)
+    expect(
+      epochAt(
+        [
+          [0, 0],
+          [40, 1],
+          [60, 2],
+        ],
+        80,
+      ),
+    ).toBe(3)
+  })
+})
+
+describe('marks', () => {
+  const event = (kind: string, data: Record<string, unknown>, run = 'a'): Event => ({
+    id: '1.1',
+    session: 1,
+    seq: 1,
+    run,
+    generation: 0,
+    step: 5,
+    epoch: 0,
+    time: 9,
+    kind,
+    data,
+  })
+
+  it('says what was changed', () => {
+    const mark = markOf(event('command', { kind: 'set', changed: [{ name: 'lr', before: 0.1, after: 0.01 }] }))
+    expect(mark?.kind).toBe('change')
+    expect(mark?.text).toBe('lr 0.1000 → 0.01000')
+    expect(markOf(event('newRun', { kind: 'root' }))).toBeNull()
+    expect(markOf(event('newRun', { kind: 'fork', parents: ['b'] }))?.text).toBe('fork of b')
+    expect(marksOf([event('undo', {}), event('undo', {}, 'z')], [], ['a'])).toHaveLength(1)
+  })
+})
+
+describe('the graph', () => {
+  const node = (id: string): GraphNode => ({ id, kind: 'fork', status: 'left', step: 1, created: 0, archived: null })
+  const edge = (from: string, to: string): GraphEdge => ({ from, to, kind: 'fork', hash: '', step: 1 })
+  const nodes = ['a', 'b', 'c', 'm'].map(node)
+  const edges = [edge('a', 'b'), edge('a', 'c'), edge('b', 'm'), edge('c', 'm')]
+
+  it('lays children to the right of their parents', () => {
+    const found = new Map(place(nodes, edges).nodes.map((one) => [one.id, one]))
+    expect(found.get('a')!.x).toBeLessThan(found.get('b')!.x)
+    expect(found.get('b')!.x).toBeLessThan(found.get('m')!.x)
+  })
+
+  it('hides what is below a collapsed run, unless another way leads there', () => {
+    expect([...visible(nodes, edges, new Set(['b']))]).toEqual(['a', 'b', 'c', 'm'])
+    expect([...visible(nodes, edges, new Set(['b', 'c']))]).toEqual(['a', 'b', 'c'])
+    expect([...visible(nodes, edges, new Set(['a']))]).toEqual(['a'])
+    expect(descendants(edges, 'a').size).toBe(3)
+  })
+
+  it('is quick for two hundred runs', () => {
+    const many = Array.from({ length: 200 }, (_, i) => node(`r${i}`))
+    const links = many.slice(1).map((one, i) => edge(`r${Math.floor(i / 3)}`, one.id))
+    const began = performance.now()
+    expect(place(many, links).nodes).toHaveLength(200)
+    expect(performance.now() - began).toBeLessThan(5000)
+  })
+})
