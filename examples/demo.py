@@ -16,6 +16,8 @@ from types import FrameType
 
 from onthefly import cli
 from onthefly.client import Client
+from onthefly.control import dashboard
+from onthefly.store import hubs
 from onthefly.store.queries import RunRow, SessionRow
 from onthefly.store.store import Store
 
@@ -62,6 +64,8 @@ def main() -> int:
             session = first_session(client, trainer)
             if session is not None:
                 print(how_to_steer(session, folder), flush=True)
+                if view:
+                    dashboard.show(client.store.root, lambda words: print(words, flush=True))
                 follow(client, session, trainer, view)
             trainer.wait()
         except KeyboardInterrupt:
@@ -70,6 +74,8 @@ def main() -> int:
             trainer.send_signal(signal.SIGINT)
             trainer.wait()
         output = (folder / "output.txt").read_text()
+        if view and (hub := hubs.running(client.store.root)) is not None:
+            print(f"\nThe dashboard stays; kill {hub.pid} ends it.", flush=True)
         if 0 < trainer.returncode < 128 and not asked:  # it failed; more is a signal, less a kill
             print(output, f"The training ended with exit code {trainer.returncode}.", sep="\n", file=sys.stderr)
         if session is None:
