@@ -41,6 +41,12 @@ def test_the_best_by_accuracy_has_no_better_beside_it(parents, candidates):
     assert told["best"]["val"] in told["columns"]
 
 
+def test_columns_have_different_names():
+    score = Score(1.0, 0.5, 4)
+    with pytest.raises(InvalidCommandError, match="different names"):
+        Preview(("swa", "b"), ("swa",), {"swa": {"val": score}, "b": {"val": score}}, "val", "loss")
+
+
 def test_nothing_is_worse_than_nan():
     shown = preview([Score(1.0, 0.5, 4), Score(2.0, 0.5, 4)], [Score(math.nan, 0.9, 4)])
     assert shown.falls_short("c0")

@@ -46,6 +46,11 @@ class Preview:
     judge: str
     metric: Metric
 
+    def __post_init__(self) -> None:
+        columns = (*self.parents, *self.candidates)
+        if len(set(columns)) != len(columns):  # or the floor would hold one against itself
+            raise InvalidCommandError(f"parents and candidates must have different names, not {', '.join(columns)}")
+
     @property
     def best_parent(self) -> str:
         return self.best(self.parents)
