@@ -688,7 +688,7 @@ class Client:
             raise CommandError(f"{row.name!r} is being trained by process {session.pid}; stop it first: onthefly stop")
         from onthefly.checkpoints import sidecar
 
-        lineage = Lineage(other for other in self.runs() if other.name != row.name)
+        lineage = Lineage(other for other in keeping.lasting(self.runs()) if other.name != row.name)
         freed, kept = 0, 0
         for checkpoint in self.checkpoints(row.name):
             if lineage.needs(checkpoint):

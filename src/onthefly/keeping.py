@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onthefly.checkpoints import retention
@@ -26,7 +26,7 @@ def kept_because(
     Each run is judged by the settings of its newest session, `configs`, and by those that are usual when it never had one;
     with `keep`, so many of the newest are kept whatever was set.
     """
-    lineage = Lineage(runs)
+    lineage = Lineage(lasting(runs))
     live = [row for row in checkpoints if row.evicted is None]
     found: dict[int, tuple[str, ...]] = {}
     for run in runs:
@@ -51,6 +51,11 @@ def kept_because(
     return found
 
 
+def lasting(runs: Iterable[RunRow]) -> Iterator[RunRow]:
+    """The runs that need what they stand on: all but those that were removed."""
+    return (run for run in runs if run.status != "removed")
+
+
 def refuse_removal(
     row: CheckpointRow, checkpoints: Iterable[CheckpointRow], runs: Sequence[RunRow], *, force: bool = False
 ) -> None:
@@ -60,7 +65,7 @@ def refuse_removal(
         raise CommandError(
             f"{describe(row)} is the origin of {row.run!r}: only from there can each of its steps be reached again"
         )
-    if (run := Lineage(runs).run_on(row)) is not None:
+    if (run := Lineage(lasting(runs)).run_on(row)) is not None:
         raise CommandError(f"{describe(row)} cannot be removed: the run {run!r} goes on from it")
     own = [c for c in checkpoints if c.run == row.run and c.evicted is None and c.reason != IMPORTED]
     if own and in_order(own)[-1].id == row.id and not force:

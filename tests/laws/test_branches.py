@@ -342,3 +342,17 @@ def test_a_planted_fault_in_what_a_fork_stands_on_is_named(trainings, fault):
     kinds = {finding.kind for finding in training.client.fsck().errors}
     expected = {"none": set(), "edge": {"edge", "broken link"}}.get(fault, {fault.split()[0]})
     assert kinds == expected or (fault == "edge" and "edge" in kinds)
+
+
+def test_a_removed_run_leaves_what_others_stand_on_and_then_nothing(trainings):
+    training = trainings.start(stops=(7,))
+    forked = training.go_on(7, "forkRun", **FORK)
+    training.end()
+    client = training.client
+    assert client.remove_run("baseline")["kept"] == 1
+    assert [row.hash for row in client.checkpoints("baseline")] == [forked["hash"]]
+    assert not client.fsck().errors
+    assert client.remove_run("fork1")["kept"] == 0
+    assert client.remove_run("baseline")["kept"] == 0
+    assert client.checkpoints() == []
+    assert not client.fsck().errors
