@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint bench results clean web
+.PHONY: demo test test-all test-web test-long lint bench results clean web
 
 WEB := src/onthefly/hub/web
 
@@ -22,11 +22,19 @@ $(WEB)/dist/index.html: .venv/stamp hatch_build.py $(wildcard $(addprefix $(WEB)
 demo: .venv/stamp web
 	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
+# Most tests wait for processes of their own: four at a time keep two cores busy. Those of the dashboard share one browser and one training.
 test: .venv/stamp web
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/web $(TEST_ARGS)
-ifndef TEST_ARGS
-	$(BIN)/python -m pytest -q tests/web
+ifdef TEST_ARGS
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(TEST_ARGS)
+else
+	$(MAKE) --jobs=2 --output-sync=target test-all test-web
 endif
+
+test-all:
+	$(BIN)/python -m pytest -q -n 4 --dist worksteal --ignore=tests/web
+
+test-web:
+	$(BIN)/python -m pytest -q tests/web
 
 # Which lines no test reaches in its own process; tests take a quarter longer.
 coverage: .venv/stamp web

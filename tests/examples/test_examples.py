@@ -106,7 +106,7 @@ def test_the_demo_proves_that_it_comes_back_from_the_middle_of_an_epoch(example,
 
 
 def test_a_demo_that_is_interrupted_says_how_to_go_on_and_that_works(example, tmp_path):
-    arguments = ["--epochs", "1", "--slow", "0.05", "--no-view", "--folder", str(tmp_path / "demo")]
+    arguments = ["--epochs", "1", "--slow", "0.2", "--no-view", "--folder", str(tmp_path / "demo")]
     process = example("demo.py", *arguments)
     read_until(process, "Ctrl-C here")
     process.send_signal(signal.SIGINT)

@@ -49,6 +49,8 @@ def test_each_command_is_tested_here():
         "adoptScan",
         # in tests/health
         "report",
+        # in test_merging.py
+        "mergeRuns",
     }
 
 
