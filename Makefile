@@ -22,7 +22,7 @@ $(WEB)/dist/index.html: .venv/stamp hatch_build.py $(wildcard $(addprefix $(WEB)
 demo: .venv/stamp web
 	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-# Most tests wait for processes of their own: four at a time keep two cores busy. Those of the dashboard share one browser and one training.
+# Those of the dashboard share one browser and one training, and run beside the others.
 test: .venv/stamp web
 ifdef TEST_ARGS
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(TEST_ARGS)
@@ -31,7 +31,7 @@ else
 endif
 
 test-all:
-	$(BIN)/python -m pytest -q -n 4 --dist worksteal --ignore=tests/web
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/web
 
 test-web:
 	$(BIN)/python -m pytest -q tests/web
@@ -49,7 +49,7 @@ lint: .venv/stamp web
 	cd $(WEB) && PATH="$(CURDIR)/$(BIN):$$PATH" npm run --silent check
 	cd $(WEB) && PATH="$(CURDIR)/$(BIN):$$PATH" npm run --silent test
 
-# The full random matrix of exactness, in as many cells as ONTHEFLY_CELLS says.
+# What takes many minutes: the full random matrix of exactness, in as many cells as ONTHEFLY_CELLS says, and every attack on the hub.
 test-long: .venv/stamp
 	$(BIN)/python -m pytest -q -m long $(TEST_ARGS)
 

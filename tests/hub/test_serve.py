@@ -16,6 +16,9 @@ from onthefly.store import hubs
 
 from .conftest import MAIN
 
+# Each starts a hub of its own: minutes in all.
+pytestmark = pytest.mark.long
+
 
 def ui(*words):
     return subprocess.run(

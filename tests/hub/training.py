@@ -1,4 +1,4 @@
-"""A real training that goes on until it is stopped: 64 samples, 3 classes, 200 steps a second at most."""
+"""A real training that goes on until it is stopped: 64 samples, 3 classes, 25 steps a second at most."""
 
 import sys
 import time
@@ -35,4 +35,4 @@ for _ in session.epochs(10**6):
         losses.mean().backward()
         optimizer.step()
         session.log(loss=losses.mean(), **{"<script>alert(1)</script>": 1.0})
-        time.sleep(0.005)
+        time.sleep(0.04)  # it lives as long as the test process, and others want the cores
