@@ -28,9 +28,6 @@ from onthefly.store.store import Store
 
 TOKEN = "t" * 43
 
-# Each starts a hub of its own: minutes in all.
-pytestmark = pytest.mark.long
-
 
 @pytest.fixture(scope="module")
 def quiet_store(tmp_path_factory):
