@@ -756,10 +756,11 @@ class Client:
         """Train a recorded stretch again in a fresh process, and compare it with what was recorded, bit by bit.
 
         It starts at `ref` and ends at `to`, or at the next checkpoint of that run and generation; without `ref` it is the
-        newest such stretch of the store. When `ref` is the first checkpoint of a run that began from another's (a fork, a rewind), or
-        of a generation after a reset, the stretch is the one from there, with what the run was born with. `timeout` is in seconds. A difference is a result, not an error. Raises
-        `UnknownReferenceError`, `AmbiguousError`, `InvalidCommandError` for REFs between which no steps lie, and
-        `ResumeError` when the replay cannot start or does not come to its end.
+        newest such stretch of the store. When `ref` is the first checkpoint of a run that began from another's (a fork, a
+        rewind), or of a generation after a reset, the stretch is the one from there, with what the run was born with. `timeout`
+        is in seconds. A difference is a result, not an error. Raises `UnknownReferenceError`, `AmbiguousError`,
+        `InvalidCommandError` for REFs between which no steps lie, and `ResumeError` when the replay cannot start or does not
+        come to its end.
         """
         from onthefly import verification
 

@@ -66,19 +66,12 @@ def prove(store: Store, run: RunRow) -> MergeProof:
     with workroom(origin.path, ".verify-") as folder:
         again = _merged(how, parents, base, _statistics(store, how["statistics"]), folder)
     calibrated = tuple(how["recalibrated"]["buffers"])
-    compared = [name for name in again if name not in calibrated]
-    found = [
-        str(one)
-        for one in differences(
-            {name: committed.get(name) for name in compared},
-            {name: again[name] for name in compared},
-            ("committed", "again"),
-        )
-    ]
+    one, other = ({name: t for name, t in each.items() if name not in calibrated} for each in (committed, again))
+    found = [str(difference) for difference in differences(one, other, ("committed", "again"))]
     if len(found) > _NAMED:
         found = [*found[:_NAMED], f"and {len(found) - _NAMED} more"]
     merged_from = tuple(names.values())
-    return MergeProof(run.name, how["strategy"], merged_from, origin.hash, len(compared), calibrated, not found, found)
+    return MergeProof(run.name, how["strategy"], merged_from, origin.hash, len(other), calibrated, not found, found)
 
 
 def _merged(

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from onthefly.config import SessionConfig
-from onthefly.control.looking import evaluate, to_device
+from onthefly.control.looking import evaluate
 from onthefly.errors import MissingPartError, OnTheFlyError
 from onthefly.samples import scan
+from onthefly.samples.loading import moved
 from onthefly.session import attach
 from onthefly.state.loader import one_pass
 from onthefly.state.undisturbed import undisturbed
@@ -168,7 +169,7 @@ class Trainer:
                 f"Trainer needs batches that are (inputs, targets) pairs, not a {type(batch).__name__}; "
                 "for others write the loop yourself, with onthefly.attach"
             )
-        return to_device(batch[0], self._device), to_device(batch[1], self._device)
+        return moved(batch[0], self._device), moved(batch[1], self._device)
 
     def _per_sample(self, loss_fn: Any, given: Any) -> Callable[[Any, Any], torch.Tensor] | None:
         """What gives the loss of each sample. A loss of the user's own is not called a second time: it may keep count."""

@@ -145,6 +145,25 @@ def test_a_fork_whose_beginning_cannot_be_saved_says_so_and_trains(trainings, di
     assert_same(resumed.end(), alone.end(), *STATE)
 
 
+def test_a_merge_that_finds_no_room_leaves_the_training_as_it_was(trainings, disk, tmp_path):
+    small = disk(tmp_path / "small", 1024)
+    alone = trainings.start(store="alone", stops=(3,))
+    alone.go_on(3, "forkRun")
+    training = trainings.start(stops=(3, 7), config={"save_dir": str(small.folder)})
+    content = training.go_on(3, "forkRun")["hash"]
+    training.at(7)
+    (row,) = [row for row in training.client.checkpoints("baseline") if row.hash == content]
+    small.fill()
+    parents = [{"path": str(row.path), "hash": row.hash}, {}]
+    merge = training.deliver("mergeRuns", parents=parents, strategies=["swa"], commit="swa", floor=False)
+    error = training.go().failed(merge)
+    assert error["type"] == "CheckpointWriteError"
+    assert "No space left" in error["message"]
+    assert_same(training.end(), alone.end(), *STATE)
+    assert [path.name for path in small.folder.iterdir() if path.name.startswith(".")] == []
+    assert {run.name: run.status for run in training.client.runs()} == {"baseline": "left", "fork1": "finished"}
+
+
 # -- no room for the journal -----------------------------------------------------------------------------------
 
 

@@ -38,7 +38,9 @@ _LONG = 24 * 3600.0  # seconds: a merge is as long as its parents are large
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of the strategies: density=0.2."
 )
 @click.option("--commit", metavar="best|NAME", help="Go on with the best, or with what this strategy made.")
-@click.option("--no-floor", is_flag=True, help="Commit it even if it is worse than the best parent.")
+@click.option(
+    "--floor/--no-floor", default=True, show_default=True, help="Commit nothing that is worse than the best parent."
+)
 @click.option(
     "--data", type=click.Choice(["val", "test"]), default="val", show_default=True, help="The data that judge."
 )
@@ -116,7 +118,7 @@ def merge_command(ctx: click.Context, /, parents: tuple[str, ...], out: Path | N
         raise InvalidCommandError("these are files: --out FILE.safetensors says where their merge goes")
     if "timeout" not in typed:
         given["timeout"] = _LONG
-    as_json, store, floor = given.pop("as_json"), given.pop("store"), not given.pop("no_floor")
+    as_json, store = given.pop("as_json"), given.pop("store")
     how = options.how(given)
     slices = dict(_slice(text) for text in given.pop("slices"))
     settings, weights = read_settings(given.pop("settings")), read_weights(given.pop("weights"))
@@ -131,7 +133,6 @@ def merge_command(ctx: click.Context, /, parents: tuple[str, ...], out: Path | N
             options=settings,
             weights=weights,
             slices=slices,
-            floor=floor,
             fisher=fisher,
             **given,
             **how,
@@ -154,8 +155,8 @@ def merge_command(ctx: click.Context, /, parents: tuple[str, ...], out: Path | N
 
 
 def _merge_files(parents: Sequence[str], out: Path, given: dict[str, Any]) -> None:
-    if len(given["strategies"]) != 1:
-        raise InvalidCommandError("files are merged by one --strategy")
+    if len(given["strategies"]) != 1 or given["strategies"][0] in ("all", "greedy"):
+        raise InvalidCommandError("files are merged by one --strategy; all and greedy, which judge, are for a session")
     base = None if given["base"] is None else Path(given["base"])
     found = merge_of_files(
         [Path(parent) for parent in parents],

@@ -42,6 +42,10 @@ def _number(value: float | None) -> str:
     return "nan" if value is None else render.number(value)
 
 
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _notes(answer: Mapping[str, Any]) -> list[str]:
     lines = [f"* decides, by {answer['metric']}; ◂ is the best of its row; red is worse than the best parent"]
     for pair in answer.get("explained", {}).get("pairs", ()):
@@ -55,6 +59,9 @@ def _notes(answer: Mapping[str, Any]) -> list[str]:
     for path in answer.get("explained", {}).get("paths", ()):
         losses = " ".join(map(_number, path["losses"]))
         lines.append(f"loss from {path['first']} to {path['second']}: {losses} (barrier {_number(path['barrier'])})")
+    for name, tensors in answer.get("averaged", {}).items():
+        if tensors:
+            lines.append(f"{name} averaged what it does not cover: {_few(tensors)}")
     if answer.get("unmerged"):
         lines.append(f"{', '.join(answer['unmerged'])}: tracked, not merged, and as it was")
     lines += [f"{name} was left out: {reason}" for name, reason in answer.get("skipped", {}).items()]

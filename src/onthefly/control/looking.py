@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from onthefly.errors import MissingPartError
-from onthefly.samples.loading import samples_in
+from onthefly.samples.loading import device_of, moved, samples_in
 
 
 @torch.no_grad()
@@ -25,8 +25,7 @@ def evaluate(
     The model must be in evaluation mode. Batches go to the device of the model's first parameter unless one is given.
     Raises `MissingPartError` for batches that are not pairs, and for a loader without a batch.
     """
-    if device is None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device or device_of(model)
     functions = {"loss": loss_fn, **(metrics or {})}
     totals = dict.fromkeys(functions, 0.0)
     samples = 0
@@ -35,7 +34,7 @@ def evaluate(
             raise MissingPartError(
                 f"a test needs batches that are (inputs, targets) pairs; this loader gives a {type(batch).__name__}"
             )
-        inputs, targets = to_device(batch[0], device), to_device(batch[1], device)
+        inputs, targets = moved(batch[0], device), moved(batch[1], device)
         outputs = model(inputs)
         count = samples_in(targets)
         for name, function in functions.items():
@@ -44,14 +43,3 @@ def evaluate(
     if not samples:
         raise MissingPartError("the loader gave no batch, so there is nothing to evaluate")
     return {**{name: total / samples for name, total in totals.items()}, "samples": samples}
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors, and lists, tuples and dicts of them, on a device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(item, device) for item in value)
-    return value

@@ -10,17 +10,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from blake3 import blake3
 from torch import nn
 
-from onthefly.checkpoints.format import open_checkpoint, write
+from onthefly.checkpoints.format import open_checkpoint
 from onthefly.checkpoints.weights import entry, value_in
 from onthefly.control import commands
 from onthefly.control.branches import Branches
@@ -30,7 +28,6 @@ from onthefly.control.ring import Kept
 from onthefly.control.sampling import Inputs, Sampling
 from onthefly.control.start import Start
 from onthefly.errors import (
-    CheckpointError,
     CommandError,
     CorruptCheckpointError,
     InvalidCommandError,
@@ -43,15 +40,13 @@ from onthefly.errors import (
 from onthefly.merging import optimizers
 from onthefly.merging.bench import Bench, Tensors
 from onthefly.merging.explain import compare, linear_path
-from onthefly.merging.fisher import diagonal_fisher
-from onthefly.merging.grams import gram_matrices
+from onthefly.merging.measured import measured
 from onthefly.merging.parents import Parent
 from onthefly.merging.preview import Metric, Preview, Scores
 from onthefly.merging.registry import STRATEGIES, Strategy, strategy_named
 from onthefly.merging.strategies import greedy
 from onthefly.merging.streaming import Mapped, merge_mapped
 from onthefly.runs import names as naming
-from onthefly.samples.loading import batches
 from onthefly.samples.scan import ScanStopped, per_sample_loss
 from onthefly.state.knobs import Knobs
 from onthefly.state.parts import unwrapped
@@ -327,7 +322,7 @@ class Merges:
                 made.append(self._soup(task) if name == GREEDY else self._candidate(task, strategy_named(name)))
             except ScanStopped:
                 raise
-            except Exception as e:
+            except Exception as e:  # of whatever kind: the user's own model and loss are called
                 if task.command.strategies != ["all"]:
                     raise
                 if not isinstance(e, OnTheFlyError):
@@ -399,57 +394,26 @@ class Merges:
         need = next((need for need in ("fishers", "grams") if need in strategy.needs), None)
         if need is None:
             return None, []
-        found, files = [], []
-        for member in task.members:
-            self._sampling.look_up()
-            parent, file = self._measured(task, need, member)
-            found.append(parent)
-            files.append(file)
-        return found, files
-
-    def _measured(self, task: _Task, need: str, member: _Member) -> tuple[Parent, dict[str, str]]:
-        """A parent's statistics, and the file that they stand in. What was measured once is not measured again."""
         command, bench = task.command, task.bench
         if bench.train is None:
             raise MissingPartError(f"{need} are measured on a parent's own data, and attach was given no train_loader")
-        about = {
-            "of": member.kept.hash,
-            "part": self._part(),
-            "kind": f"fisher-{command.fisher}" if need == "fishers" else need,
-            "samples": command.samples,
-            "loss": _described(self._inputs.per_sample_loss or self._inputs.loss_fn) if need == "fishers" else "",
-            "data": len(bench.train.dataset),
-        }
-        folder = self._start.store.statistics_dir
-        key = blake3(repr(sorted(about.items())).encode()).hexdigest()
-        path = folder / f"{member.kept.hash[:16]}-{about['kind']}-{key[:8]}.safetensors"
-        try:
-            file = open_checkpoint(path)
-        except CheckpointError:  # there is none, or it is damaged: it can be measured again
-            folder.mkdir(exist_ok=True)
-            write(path, *self._measure(task, need, member, about))
-            file = open_checkpoint(path)
-        return Parent(f"the {need} of {member.label}", file.tensors), {"file": path.name, "hash": file.hash}
-
-    def _measure(
-        self, task: _Task, need: str, member: _Member, about: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], Tensors]:
-        bench = task.bench
-        bench.load(member.tensors)
-        chosen = bench.some(member.samples, task.command.samples)
-        with closing(bench.watched(batches(bench.train, chosen))) as data:
-            if need == "grams":
-                grams = gram_matrices(bench.model, data, samples=len(chosen), autocast=bench.autocast)
-                return {**about, "left_out": grams.left_out}, grams.matrices
-            fisher = diagonal_fisher(
-                bench.model,
-                data,
-                bench.losses,
-                kind=task.command.fisher,  # type: ignore[arg-type]
-                samples=len(chosen),
-                autocast=bench.autocast,
+        found, files = [], []
+        for member in task.members:
+            self._sampling.look_up()
+            file = measured(
+                self._start.store.statistics_dir,
+                bench,
+                member.tensors,
+                of=member.kept.hash,
+                part=self._part(),
+                kind="grams" if need == "grams" else f"fisher-{command.fisher}",  # type: ignore[arg-type]
+                among=member.samples,
+                samples=command.samples,
+                loss=self._inputs.per_sample_loss or self._inputs.loss_fn,
             )
-            return {**about, "counted": fisher.samples, "path": fisher.path}, fisher.diagonal
+            found.append(Parent(f"the {need} of {member.label}", file.tensors))
+            files.append({"file": file.path.name, "hash": file.hash})
+        return found, files
 
     # -- committing --------------------------------------------------------------------------------------------
 
@@ -460,9 +424,8 @@ class Merges:
         policies = {"optimizer": command.optimizer, "warmup": command.warmup, "part": self._part()}
         how = {**chosen.how, **policies, "preview": preview}
         if task.base is not None and chosen.how["base"] is not None:
-            self._branches.pin(
-                task.base.kept.path, task.base.kept.hash
-            )  # the merge stands on it, and lineage cannot tell
+            # The merge stands on it, and lineage cannot tell.
+            self._branches.pin(task.base.kept.path, task.base.kept.hash)
         born = [] if entry(value, "loader/subset") is None else [commands.Subset(recipe=None, selection=None)]
         parents = [(member.run, member.kept) for member in task.members]
         told = self._branches.merge(value, parents, how, command.name, born)
@@ -538,7 +501,10 @@ def _chosen(
             else:
                 names.append(strategy.name)
         names.append(GREEDY)
-    tried = [strategy_named(name) for name in names if name != GREEDY]
+    try:
+        tried = [strategy_named(name) for name in names if name != GREEDY]
+    except InvalidCommandError as e:
+        raise InvalidCommandError(f"{e}; in a session there are also {GREEDY} and all") from e
     for option in command.options:
         if not any(option in _options_of(strategy) for strategy in tried):
             raise InvalidCommandError(f"no option {option!r} of {', '.join(names)}; docs/merging.md lists them")
@@ -568,15 +534,6 @@ def _best(name: str, made: Sequence[_Candidate], preview: Preview | None) -> _Ca
 def _storages(model: nn.Module) -> set[int]:
     tensors = (*unwrapped(model).parameters(), *unwrapped(model).buffers())
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
-
-
-def _described(function: Any) -> str:
-    """A loss, as far as it can be told from another."""
-    if isinstance(function, nn.Module):
-        return repr(function)
-    arguments = [getattr(function, name, "") for name in ("args", "keywords")]  # of a functools.partial
-    inner = getattr(function, "func", function)
-    return f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner))} {arguments}"
 
 
 def _entry(value: Value, name: str) -> Any:

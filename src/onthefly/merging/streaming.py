@@ -167,7 +167,7 @@ def merge_mapped(
                     done += piece.nbytes
                     on_progress(done, total)
     except OSError as e:
-        raise CheckpointWriteError(e.errno, f"there is no room for a merge: {e.strerror}", str(folder)) from e
+        raise CheckpointWriteError(e.errno, f"the merge could not be written: {e.strerror}", str(folder)) from e
     tensors = {name: made[first] for name, first in plan.firsts.items()}
     return Mapped(tensors, dict(plan.options), plan.averaged, plan.warnings)
 
