@@ -27,7 +27,7 @@ test: .venv/stamp web
 ifdef TEST_ARGS
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(TEST_ARGS)
 else
-	$(MAKE) --jobs=2 --output-sync=line test-all test-web
+	$(MAKE) --jobs=2 test-all test-web
 endif
 
 test-all:
