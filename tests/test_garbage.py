@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from checkpoint_stores import again, begin, end, save, trained
@@ -121,6 +123,46 @@ def test_leftovers_litter_and_strays_go(store):
     assert sorted(path.name for path in store.checkpoints_dir.iterdir()) == sorted(
         name for row in (first, third) for name in (row.path.name, sidecar.path_of(row.path).name)
     )
+
+
+WORKING = """
+import sys
+from pathlib import Path
+from onthefly.runs import replay
+with replay.workroom(Path(sys.argv[1]), ".scan-") as folder:
+    (folder / "start.safetensors").write_bytes(b"12345678")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_workroom_of_a_scan_goes_when_its_process_was_killed(store):
+    row = trained(store)[0]
+    words = [sys.executable, "-c", WORKING, str(row.path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        room = store.checkpoints_dir / os.path.basename(process.stdout.readline().strip())
+        os.utime(room, (1, 1))
+        assert garbage.collect(store).removed == ()  # it is in use, however old
+        process.kill()
+    assert room.exists()
+    (found,) = garbage.collect(store).removed
+    assert (found.kind, found.path.name, found.size) == ("stray", room.name, 8)
+    assert not room.exists()
+
+
+def test_statistics_go_with_the_checkpoint_that_they_are_of(store):
+    first, second, _ = trained(store)
+    store.statistics_dir.mkdir()
+    paths = [store.statistics_dir / f"{row.hash[:16]}-grams-01234567.safetensors" for row in (first, second)]
+    for path in paths:
+        path.write_bytes(b"123")
+        os.utime(path, (1, 1))
+    catalog.bury(store, second, "removed")
+    second.path.unlink()
+    sidecar.path_of(second.path).unlink()
+    found = garbage.collect(store)
+    assert [(one.kind, one.path) for one in found.removed] == [("statistics", paths[1])]
+    assert [path.exists() for path in paths] == [True, False]
 
 
 def test_what_is_in_no_list_goes_from_the_own_folder(store):

@@ -18,6 +18,7 @@ from onthefly import provenance_check
 from onthefly.checkpoints import durable, sidecar
 from onthefly.checkpoints.header import Header, read_header, recorded_hash
 from onthefly.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from onthefly.runs import replay
 from onthefly.runs.lineage import Lineage
 from onthefly.runs.references import describe
 from onthefly.store import journal, queries, schema
@@ -33,7 +34,7 @@ Kind = Literal[
     "leftover",  # the file of a checkpoint that was removed
     "sidecar",  # missing, damaged, or of another content
     "litter",  # a sidecar without a checkpoint
-    "stray",  # an unfinished file that nobody writes any more
+    "stray",  # an unfinished file that nobody writes any more, or the folder of a killed scan or verify
     "unrecorded",  # a whole checkpoint that no row knows
     "foreign",  # called like a checkpoint, and none
     "journal",  # a journal that cannot be read to its end
@@ -269,6 +270,7 @@ def _files(view: _View, folder: Path, full: bool) -> Iterator[Finding]:
     try:
         names = [name for name in sorted(os.listdir(folder)) if os.path.isfile(folder / name)]
         strays = durable.strays(folder)
+        workrooms = replay.left_workrooms(folder)
     except OSError as e:
         yield Finding("unreadable", folder, f"cannot be listed: {e.strerror or e}", severity="error")
         return
@@ -288,6 +290,10 @@ def _files(view: _View, folder: Path, full: bool) -> Iterator[Finding]:
     for stray in strays:
         message = "an unfinished file that nobody writes any more"
         yield Finding("stray", stray, message, remedy="remove it", size=size_of(stray))
+    for room in workrooms:
+        message = "the folder of a scan or a verify that was killed"
+        size = sum(size_of(path) for path in room.rglob("*") if path.is_file())
+        yield Finding("stray", room, message, remedy="remove it", size=size)
 
 
 def _file(view: _View, path: Path, removed: list[CheckpointRow], full: bool) -> Iterator[Finding]:

@@ -13,8 +13,9 @@ from typing import Literal
 
 from onthefly import fsck, keeping, repairs
 from onthefly.checkpoints import sidecar
-from onthefly.errors import CheckpointError, CommandError, StoreBusyError
+from onthefly.errors import CheckpointError, CommandError, OnTheFlyError, StoreBusyError
 from onthefly.fsck import Finding, Report
+from onthefly.runs import manifest
 from onthefly.runs.lineage import Lineage
 from onthefly.runs.references import describe
 from onthefly.store import catalog, queries
@@ -68,7 +69,7 @@ def collect(store: Store, *, keep: int | None = None, dry_run: bool = False) -> 
     report = fsck.check(store, full=False)
     removed: list[Removal] = []
     left: list[Left] = []
-    for found in (*_unneeded(store, report), *_let_go(store, report, keep)):
+    for found in (*_unneeded(store, report), *_let_go(store, report, keep), *_statistics(store)):
         refused = found if isinstance(found, Left) else None if dry_run else _remove(store, found)
         if refused is not None:
             left.append(refused)
@@ -77,8 +78,8 @@ def collect(store: Store, *, keep: int | None = None, dry_run: bool = False) -> 
     return Collection(tuple(removed), tuple(left), sum(one.size for one in removed), dry_run)
 
 
-Going = tuple[Removal, Finding | CheckpointRow]
-"""A file that shall go, and what is known of it: what fsck found, or its row."""
+Going = tuple[Removal, Finding | CheckpointRow | None]
+"""A file that shall go, and what is known of it: what fsck found, or its row; None of what can be computed again."""
 
 
 def _unneeded(store: Store, report: Report) -> Iterator[Going | Left]:
@@ -135,6 +136,29 @@ def _let_go(store: Store, report: Report, keep: int | None) -> Iterator[Going | 
                 yield Removal("retention", row.path, size, describe(row), row.run, row.step, row.hash), row
 
 
+def _statistics(store: Store) -> Iterator[Going | Left]:
+    """What was measured of a merge's parents, when neither a checkpoint is left to merge again nor a merge to verify."""
+    files = sorted(store.statistics_dir.glob("*.safetensors"))
+    if not files:
+        return
+    of = {row.hash[:16] for row in queries.checkpoints(store)}
+    needed: set[str] = set()
+    for run in keeping.lasting(queries.runs(store)):
+        if run.manifest is not None:
+            path = store.manifests_dir / f"{run.manifest[:16]}.json"
+            try:
+                merge = manifest.read(path).merge
+            except OnTheFlyError as e:
+                yield Left(str(store.statistics_dir), f"a manifest that may name them cannot be read: {e}")
+                return
+            needed |= {told["file"] for told in (merge or {}).get("statistics", ())}
+    for path in files:
+        young = time.time() - path.stat().st_mtime < _FRESH
+        if path.name not in needed and path.name.partition("-")[0] not in of and not young:
+            message = "measured of a checkpoint that is gone, for a merge"
+            yield Removal("statistics", path, fsck.size_of(path), message), None
+
+
 def _remove(store: Store, going: Going) -> Left | None:
     """Remove it, or say why it stays."""
     removal, known = going
@@ -142,6 +166,8 @@ def _remove(store: Store, going: Going) -> Left | None:
         if isinstance(known, CheckpointRow):
             catalog.bury(store, known, "retention")
             repairs.remove(store, known.path, run=known.run, content=known.hash)
+        elif known is None:
+            removal.path.unlink(missing_ok=True)
         elif known.kind == "unrecorded":
             assert known.run is not None
             assert known.hash is not None

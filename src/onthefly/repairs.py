@@ -18,6 +18,7 @@ from onthefly.checkpoints import durable, sidecar
 from onthefly.checkpoints.header import Header, read_header
 from onthefly.errors import CheckpointError, CommandError, CorruptCheckpointError, StoreError, UnknownReferenceError
 from onthefly.fsck import Finding, Report
+from onthefly.runs import replay
 from onthefly.store import catalog, queries, schema
 from onthefly.store.queries import CheckpointRow
 from onthefly.store.store import Store
@@ -120,6 +121,10 @@ def _remove_litter(store: Store, finding: Finding) -> str:
 
 
 def _remove_stray(store: Store, finding: Finding) -> str:
+    if finding.path.is_dir():
+        if not replay.remove_workroom(finding.path):
+            raise CommandError(f"{finding.path}: somebody uses it")
+        return "removed"
     durable.remove_stray(finding.path.parent)
     if os.path.lexists(finding.path):
         raise CommandError(f"{finding.path}: somebody writes it")

@@ -6,6 +6,7 @@ What orders say is between who gives them and `control.start`; here they are JSO
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -25,6 +26,8 @@ from onthefly.runs import launch as launching
 from onthefly.runs.launch import Launch
 
 _OWN = re.compile(r"onthefly\.errors\.(\w+): (.*)")  # the last line of the traceback of an error of ours
+_WORKROOM = re.compile(r"\.(scan|verify)-\w+")
+_FRESH = 60.0  # seconds: a younger workroom may not be locked yet
 _TAIL = 15  # lines of its output that the error quotes
 _LOOK = 0.1  # seconds between two looks at how far it is
 
@@ -44,10 +47,49 @@ def launch_of(run: str, launches: Iterable[Launch | None], purpose: str) -> Laun
 @contextmanager
 def workroom(checkpoint: Path, prefix: str) -> Iterator[Path]:
     """A folder that is gone afterwards, where there is room for one more checkpoint: beside that one, or, if that place
-    is read-only, the system's."""
+    is read-only, the system's. One of a process that was killed is found by `left_workrooms`."""
     beside = checkpoint.parent if os.access(checkpoint.parent, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=beside) as name:
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=beside) as name, _in_use(Path(name)):
         yield Path(name)
+
+
+@contextmanager
+def _in_use(folder: Path) -> Iterator[int]:
+    """A descriptor with a shared lock on a folder. The kernel frees it when every process that has the descriptor has ended."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: there, nothing is ever taken for left
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def left_workrooms(folder: Path) -> list[Path]:
+    """The workrooms in a folder that no process uses any more."""
+    return [path for path in sorted(folder.iterdir()) if _WORKROOM.fullmatch(path.name) and _is_left(path)]
+
+
+def remove_workroom(path: Path) -> bool:
+    """Remove a workroom if no process uses it; gives whether it is gone. Raises `OSError`."""
+    if path.exists() and not _is_left(path):
+        return False
+    shutil.rmtree(path, ignore_errors=False)
+    return True
+
+
+def _is_left(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # gone meanwhile, or no folder of ours
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return time.time() - os.fstat(fd).st_mtime > _FRESH
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def held(path: Path, name: Path) -> Path:
@@ -81,10 +123,12 @@ def run(
     """
     extra = {launching.REPLAY: json.dumps(dict(orders)), launching.STORE: str(store_in(folder))}
     log = folder / "output.txt"
-    with open(log, "wb") as output:
+    # The process has a lock of its own: it may outlive this one, and uses the folder until it ends.
+    with open(log, "wb") as output, _in_use(folder) as lock:
         process = launching.spawn(
             launch,
             extra,
+            pass_fds=(lock,),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
