@@ -5,10 +5,10 @@ BIN := .venv/bin
 
 WEB := src/onthefly/hub/web
 
-# The stamp is remade when what it was made from changes.
+# The stamp is remade when what it was made from changes. Python compiles what it comes to import, which is a small part of all.
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 # The dashboard. Node comes with the development packages.
