@@ -582,6 +582,19 @@ class Client:
             raise
         return found.told()
 
+    def show_samples(self, indices: Sequence[int], data: str = "train", **how: Unpack[Delivery]) -> Result:
+        """Read samples from a live session's data set, at most 64; `shown_samples` gives what came. Training is not affected."""
+        return self.command("showSamples", data=data, indices=list(indices), **how)
+
+    def shown_samples(self, key: str) -> SampleTable:
+        """What `show_samples` has read, by the `shown` of its answer: a row a sample, with its kind, text, label and pixels.
+
+        Raises `UnknownReferenceError`.
+        """
+        from onthefly import sample_values
+
+        return sample_values.shown(self.store, key)
+
     def cancel_scan(self, **how: Unpack[Delivery]) -> Result:
         """Stop the scan that is under way."""
         return self.command("cancelScan", **how)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from onthefly import fsck, keeping, repairs
+from onthefly import fsck, keeping, repairs, sample_values
 from onthefly.checkpoints import sidecar
 from onthefly.errors import CheckpointError, CommandError, StoreBusyError
 from onthefly.fsck import Finding, Report
@@ -30,7 +30,7 @@ _SPARE = ("leftover", "litter", "stray")
 class Removal:
     """A file that goes. `size` is in bytes."""
 
-    kind: fsck.Kind | Literal["retention"]
+    kind: fsck.Kind | Literal["retention", "cache"]
     path: Path
     size: int
     message: str
@@ -74,6 +74,16 @@ def collect(store: Store, *, keep: int | None = None, dry_run: bool = False) -> 
             left.append(refused)
         elif not isinstance(found, Left):
             removed.append(found[0])
+    for path in sample_values.caches(store):
+        going = Removal(
+            "cache", path, fsck.size_of(path), "what samples look like; it is made again when it is asked for"
+        )
+        try:
+            if not dry_run:
+                path.unlink(missing_ok=True)
+            removed.append(going)
+        except OSError as e:
+            left.append(Left(str(path), str(e)))
     return Collection(tuple(removed), tuple(left), sum(one.size for one in removed), dry_run)
 
 

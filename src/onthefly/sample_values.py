@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from blake3 import blake3
 
 from onthefly.checkpoints.header import read_header
 from onthefly.errors import InvalidCommandError, StoreError, UnknownReferenceError, said
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from onthefly.store.queries import CheckpointRow, EventRow, RunRow, ScanRow
     from onthefly.store.store import Store
 
+_KEY = re.compile(r"[0-9a-f]{32}")
 _VALUES = "dynamics/values"
 """The tensor of a checkpoint that holds what training has recorded of each sample."""
 
@@ -70,6 +74,46 @@ def known(store: Store, checkpoint: str, data: str, *, embeddings: bool) -> Scan
 def place(store: Store, checkpoint: str, data: str, *, embeddings: bool) -> Path:
     """Where the scan of a state is kept."""
     return store.scans_dir / f"{checkpoint[:16]}-{data}{'-embeddings' if embeddings else ''}.arrow"
+
+
+def shown_key(session: int, data: str, length: int, indices: Sequence[int]) -> str:
+    """What the contents of some samples are known by: the data set that a session has, and which of its samples."""
+    told = f"{session} {data} {length} {','.join(map(str, indices))}"
+    return blake3(told.encode()).hexdigest(32)[:32]
+
+
+def shown_path(store: Store, key: str) -> Path:
+    """Where the contents of samples are kept. Nothing needs them: they can be read again."""
+    return store.scans_dir / f"shown-{key}.arrow"
+
+
+def forget_shown(store: Store, keep: int = 200) -> None:
+    """Remove the contents of samples that were read long ago, but for the newest files."""
+    files = [path for path in caches(store) if path.name.startswith("shown-")]
+    for path in files[: max(0, len(files) - keep)]:
+        path.unlink(missing_ok=True)
+
+
+def caches(store: Store) -> list[Path]:
+    """Files that are made again when they are asked for: contents of samples, and maps. The oldest first."""
+    found = []
+    for pattern in ("shown-*.arrow", "map-*.arrow"):
+        for path in store.scans_dir.glob(pattern):
+            with suppress(FileNotFoundError):
+                found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found)]
+
+
+def shown(store: Store, key: str) -> SampleTable:
+    """The contents of samples that a session has read: see `onthefly.samples.contents.columns`.
+
+    Raises `UnknownReferenceError` when there are none under that key, and `StoreError` for a damaged file.
+    """
+    if not _KEY.fullmatch(key) or not (path := shown_path(store, key)).is_file():
+        raise UnknownReferenceError(
+            f"there are no samples {key!r}; `onthefly show` reads samples from a session's data set"
+        )
+    return SampleTable.read(path)
 
 
 def of(store: Store, run: str | None, *, dynamics: bool = False, data: str = "train") -> SampleTable:

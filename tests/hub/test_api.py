@@ -205,6 +205,19 @@ def test_samples_are_scanned_and_come_as_columns(training, hub):
     assert hub.http.get(f"{hub.at}/samples.csv").text.startswith('"index"')
 
 
+def test_samples_are_shown_as_the_data_set_gives_them(training, hub):
+    answer = hub.give(training.session, "showSamples", indices=[7, 3])
+    columns, about = hub.columns("GET", f"/samples/shown/{answer['result']['shown']}")
+    assert columns["index"].tolist() == [7, 3]
+    assert (columns["kind"], columns["shape"], about["data"]) == (["array"] * 2, ["4", "4"], "train")
+    assert set(columns["label"]) <= {"0", "1", "2"}
+    assert hub.http.get(f"{hub.at}/samples/shown/{'0' * 32}").status_code == 404
+    assert hub.http.get(f"{hub.at}/samples/shown/..%2f..%2fonthefly.db").status_code in (404, 422)
+    path = f"{hub.at}/sessions/{training.session}/commands/showSamples"
+    assert hub.http.post(path, json={"indices": list(range(65))}).status_code == 422
+    assert hub.http.post(path, json={"indices": [-1]}).status_code == 422
+
+
 def test_a_fork_on_chosen_samples_has_a_selection(training, hub):
     indices = [1, 2, 3, 5, 8, 13, 21, 34]
     recipe = {"select": "indices", "indices": indices}

@@ -37,6 +37,7 @@ _MODULES = {
     "diff": "runs",
     "scan": "samples",
     "samples": "samples",
+    "show": "samples",
     "export": "samples",
     "report": "report",
     "log": "history",

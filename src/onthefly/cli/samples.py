@@ -1,4 +1,4 @@
-"""What is known of single samples: scan, samples, export."""
+"""What is known of single samples: scan, samples, show, export."""
 
 from __future__ import annotations
 
@@ -127,6 +127,35 @@ def samples_command(
     click.echo(render.table(columns, [[_cell(row.get(name)) for name in shown] for row in rows]))
 
 
+@click.command("show", short_help="What some samples are, as the data set gives them.")
+@click.argument("indices", nargs=-1, type=click.IntRange(min=0), required=True, metavar="INDEX...")
+@click.option(
+    "--data", type=click.Choice(["train", "val", "test"]), default="train", show_default=True, help="Of which data."
+)
+@options.delivery
+def show_command(indices: tuple[int, ...], data: str, **given: Any) -> None:
+    """Read samples from the data set of a live session, at most 64, and tell what each is: its kind, type, shape, label, and first
+    values. Training stands meanwhile, and is not affected. The dashboard draws them.
+    """
+    as_json, store = given.pop("as_json"), given.pop("store")
+    with options.connect(store) as client:
+        result = client.show_samples(indices, data, **options.how(given))
+        if result.get("status") == "queued":
+            say("shown", result, as_json)
+            return
+        found = client.shown_samples(result["shown"]).columns
+    names = [name for name in found if name != "pixels"]
+    rows = [{name: _plain(found[name][row]) for name in names} for row in range(len(indices))]
+    if as_json:
+        click.echo(render.document({**result, "rows": rows}))
+        return
+    columns = [Column("INDEX", "right"), *(Column(name) for name in ("KIND", "TYPE", "SHAPE", "LABEL", "CONTENT"))]
+    told = [
+        [*(str(row[name]) for name in ("index", "kind", "dtype", "shape", "label")), _line(row["text"])] for row in rows
+    ]
+    click.echo(render.table(columns, told))
+
+
 @click.command("export", short_help="Write samples with their values to a file.")
 @click.option(
     "--to",
@@ -191,6 +220,11 @@ def _worst(table: SampleTable, column: str, top: int) -> list[dict[str, Any]]:
     numbers = flat[column].astype(np.float64)
     order = np.argsort(-numbers, kind="stable")[: min(top, int(np.isfinite(numbers).sum()))]
     return [{"index": int(i), **{name: _plain(values[i]) for name, values in flat.items()}} for i in order]
+
+
+def _line(text: str, most: int = 80) -> str:
+    whole = " ".join(text.split())
+    return whole if len(whole) <= most else whole[: most - 1] + "…"
 
 
 def _plain(value: Any) -> Any:

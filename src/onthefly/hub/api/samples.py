@@ -175,6 +175,13 @@ def choose(store: Here, body: ChooseBody) -> ChosenView:
     )
 
 
+@router.get("/samples/shown/{key}", response_class=Response, responses=BINARY)
+def get_shown(store: Here, key: Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]) -> Response:
+    """What some samples are, as `showSamples` has read them: pixels, texts, first values, labels."""
+    table = store.client.shown_samples(key)
+    return _binary(dict(table.columns), dict(table.about))
+
+
 @router.get("/selections")
 def get_selections(store: Here) -> list[SelectionRowView]:
     """Every selection that was made. One that is damaged is not listed: `onthefly fsck` tells of it."""
