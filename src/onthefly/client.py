@@ -647,6 +647,41 @@ class Client:
             return sample_values.of(self.store, ref, dynamics=dynamics, data=data)
         return sample_values.of_state(self.store, self._recorded(ref).hash, dynamics=dynamics, data=data)
 
+    def sample_tags(self, data: str = "train", *, project: str | None = None) -> dict[str, list[int]]:
+        """The words that people have given to samples, each with the indices of its samples. By default of the newest session's
+        project. Raises `UnknownReferenceError` when the store has no session yet."""
+        from onthefly.store import tags
+
+        found = tags.read(self.store, self._project(project), data)
+        return {tag: indices.tolist() for tag, indices in found.items()}
+
+    def tag_samples(
+        self,
+        indices: Sequence[int],
+        tag: str,
+        data: str = "train",
+        *,
+        tagged: bool = True,
+        project: str | None = None,
+    ) -> dict[str, list[int]]:
+        """Give a tag to samples, or, not `tagged`, take it from them; gives all tags. The tag "discarded" marks what nothing is to be
+        trained on: the dashboard leaves such samples out of a fork.
+
+        Raises `InvalidCommandError` for what is no tag or no index, and as `sample_tags`.
+        """
+        from onthefly.store import tags
+
+        found = tags.change(self.store, self._project(project), data, tag, indices, tagged=tagged)
+        return {tag: indices.tolist() for tag, indices in found.items()}
+
+    def _project(self, named: str | None) -> str:
+        if named is not None:
+            return named
+        rows = self.sessions()
+        if not rows:
+            raise UnknownReferenceError("the store has no session yet, so there are no samples to speak of")
+        return rows[-1].project
+
     def selection(self, name: str) -> Selection:
         """The samples that a run is trained on, by its newest change of them; or the selection of that digest.
 

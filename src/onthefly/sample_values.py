@@ -22,7 +22,7 @@ from onthefly.samples.export import Exported
 from onthefly.samples.export import export as write
 from onthefly.samples.selection import Selection, find
 from onthefly.samples.table import SampleTable
-from onthefly.store import queries
+from onthefly.store import queries, tags
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,9 +171,10 @@ def export(store: Store, path: Path, name: str | None, recipe: recipes.Recipe | 
     columns: dict[str, np.ndarray] = {}
     for known in (True, False):
         try:
-            columns |= of(store, None, dynamics=known).columns
+            table = of(store, None, dynamics=known)
         except UnknownReferenceError:
             continue
+        columns |= {**table.columns, **tag_column(store, str(table.about.get("run")), len(table))}
     chosen = selection(store, name) if name is not None else None
     if chosen is not None:
         columns = {key: values for key, values in columns.items() if len(values) == chosen.length}
@@ -185,6 +186,13 @@ def export(store: Store, path: Path, name: str | None, recipe: recipes.Recipe | 
         columns = {key: values for key, values in columns.items() if len(values) == length}
         indices = recipes.choose(recipe, columns, length) if recipe is not None else np.arange(length)
     return write(columns, indices, path)
+
+
+def tag_column(store: Store, run: str, length: int) -> dict[str, np.ndarray]:
+    """The column `tags` of the train data of a run's project; no column when nobody has tagged any of it."""
+    row = queries.run(store, run)
+    found = tags.read(store, row.project, "train") if row is not None else {}
+    return {"tags": tags.column(found, length)} if found else {}
 
 
 def _is_of(event: EventRow, run: RunRow, until: CheckpointRow | None) -> bool:

@@ -218,6 +218,31 @@ def test_samples_are_shown_as_the_data_set_gives_them(training, hub):
     assert hub.http.post(path, json={"indices": [-1]}).status_code == 422
 
 
+def test_samples_are_tagged_and_the_tags_are_exported(hub, training):
+    project = hub.get("/runs")[0]["project"]
+    hub.give(training.session, "scanSamples")
+
+    def tag(tag, indices, tagged=True):
+        body = {"project": project, "tag": tag, "indices": indices, "tagged": tagged}
+        return hub.http.post(f"{hub.at}/samples/tags", json=body)
+
+    try:
+        assert tag(" <b>odd</b> ", [5, 3, 5]).json()["tags"] == {"<b>odd</b>": [3, 5]}
+        assert tag("discarded", [3]).json()["tags"] == {"<b>odd</b>": [3, 5], "discarded": [3]}
+        assert hub.get(f"/samples/tags?project={project}")["tags"] == {"<b>odd</b>": [3, 5], "discarded": [3]}
+        assert hub.get(f"/samples/tags?project={project}&data=val")["tags"] == {}
+        rows = list(csv.DictReader(hub.http.get(f"{hub.at}/samples.csv").text.splitlines()))
+        assert {int(row["index"]): row["tags"] for row in rows if row["tags"]} == {
+            3: "<b>odd</b>; discarded",
+            5: "<b>odd</b>",
+        }
+        for wrong in (tag("a;b", [1]), tag("\x1b", [1]), tag("x" * 65, [1]), tag("x", [-1]), tag("x", [])):
+            assert wrong.status_code == 422
+    finally:
+        tag("<b>odd</b>", [3, 5], False)
+        assert tag("discarded", [3, 9], False).json()["tags"] == {}
+
+
 def test_a_fork_on_chosen_samples_has_a_selection(training, hub):
     indices = [1, 2, 3, 5, 8, 13, 21, 34]
     recipe = {"select": "indices", "indices": indices}

@@ -204,6 +204,7 @@ class Sampling:
         columns = {**self._columns, **scanned.table.columns}
         if self._recorded() and self._dynamics is not None:
             columns = {**self._dynamics.columns(), **columns}
+        columns |= sample_values.tag_column(self._start.store, self._history.run, self._length())
         active = self._loader.subset if self._loader is not None else None
         indices = (
             chosen.indices if chosen is not None else np.arange(self._length()) if active is None else active.numpy()

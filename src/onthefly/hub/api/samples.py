@@ -24,6 +24,8 @@ from onthefly.store.queries import ScanRow
 
 router = APIRouter(prefix="/stores/{store}", tags=["samples"])
 
+Data = Literal["train", "val", "test"]
+
 _FITTED = 20_000  # samples that the axes of a map are found from
 _PIECE = 1 << 16
 
@@ -80,6 +82,24 @@ class ChosenView(View):
     count: int
     length: int
     suspects: Suspects | None
+
+
+class TagsView(View):
+    """Words that people have given to a project's samples, each with the indices of its samples."""
+
+    project: str
+    data: str
+    tags: dict[str, list[int]]
+
+
+class TagBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    project: Annotated[str, Field(max_length=200)]
+    data: Data = "train"
+    tag: Annotated[str, Field(min_length=1, max_length=100)]
+    indices: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=100_000)]
+    tagged: bool = True
 
 
 def _row(store: OpenStore, id: int) -> ScanRow:
@@ -180,6 +200,19 @@ def get_shown(store: Here, key: Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")])
     """What some samples are, as `showSamples` has read them: pixels, texts, first values, labels."""
     table = store.client.shown_samples(key)
     return _binary(dict(table.columns), dict(table.about))
+
+
+@router.get("/samples/tags")
+def get_tags(store: Here, project: Annotated[str, Query(max_length=200)], data: Data = "train") -> TagsView:
+    """The tags of a project's samples."""
+    return TagsView(project=project, data=data, tags=store.client.sample_tags(data, project=project))
+
+
+@router.post("/samples/tags")
+def post_tags(store: Here, body: TagBody) -> TagsView:
+    """Give a tag to samples, or take it from them. `discarded` marks what nothing is to be trained on."""
+    found = store.client.tag_samples(body.indices, body.tag, body.data, tagged=body.tagged, project=body.project)
+    return TagsView(project=body.project, data=body.data, tags=found)
 
 
 @router.get("/selections")
