@@ -647,6 +647,18 @@ class Client:
             return sample_values.of(self.store, ref, dynamics=dynamics, data=data)
         return sample_values.of_state(self.store, self._recorded(ref).hash, dynamics=dynamics, data=data)
 
+    def sample_map(self, scan: int, method: str = "pca") -> SampleTable:
+        """Where each sample of a scan with embeddings lies in two dimensions, columns x and y: by pca, or by umap (an optional extra).
+
+        Raises `UnknownReferenceError`, `MissingPartError` without umap-learn, and `InvalidCommandError` for another method.
+        """
+        from onthefly import sample_values
+
+        for row in self.scans():
+            if row.id == scan:
+                return sample_values.sample_map(self.store, row, method)
+        raise UnknownReferenceError(f"there is no scan {scan}")
+
     def sample_tags(self, data: str = "train", *, project: str | None = None) -> dict[str, list[int]]:
         """The words that people have given to samples, each with the indices of its samples. By default of the newest session's
         project. Raises `UnknownReferenceError` when the store has no session yet."""

@@ -16,7 +16,7 @@ from blake3 import blake3
 from onthefly.checkpoints.header import read_header
 from onthefly.errors import InvalidCommandError, StoreError, UnknownReferenceError, said
 from onthefly.runs.references import IMPORTED
-from onthefly.samples import recipes
+from onthefly.samples import layout, recipes
 from onthefly.samples.dynamics_columns import read_columns
 from onthefly.samples.export import Exported
 from onthefly.samples.export import export as write
@@ -25,7 +25,7 @@ from onthefly.samples.table import SampleTable
 from onthefly.store import queries, tags
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from onthefly.store.queries import CheckpointRow, EventRow, RunRow, ScanRow
     from onthefly.store.store import Store
@@ -114,6 +114,33 @@ def shown(store: Store, key: str) -> SampleTable:
             f"there are no samples {key!r}; `onthefly show` reads samples from a session's data set"
         )
     return SampleTable.read(path)
+
+
+def map_path(store: Store, scan: str, method: str) -> Path:
+    """Where a map is kept that took long to make. `scan` is the hash of the scan's table."""
+    return store.scans_dir / f"map-{method}-{scan[:32]}.arrow"
+
+
+def sample_map(
+    store: Store, scan: ScanRow, method: str, *, table: Callable[[], SampleTable] | None = None
+) -> SampleTable:
+    """Where each sample of a scan lies in two dimensions: columns x, y. One by umap is made once, and kept.
+
+    `table` gives the scan's values, when somebody has them. Raises `UnknownReferenceError` for a scan without embeddings, `StoreError`,
+    and as `onthefly.samples.layout.places`.
+    """
+    path = map_path(store, scan.hash, method)
+    if method != "pca" and path.is_file():
+        return SampleTable.read(path)
+    values = table() if table is not None else SampleTable.read(scan.path, content=scan.hash)
+    name = next((name for name, column in values.columns.items() if column.ndim == 2), None)
+    if name is None:
+        raise UnknownReferenceError(f"scan {scan.id} has no embeddings; a scan makes them when it is asked to")
+    x, y = layout.places(values.columns[name], method)
+    made = SampleTable({"x": x, "y": y}, {"by": method, "column": name, "scan": scan.hash})
+    if method != "pca":
+        made.write(path)
+    return made
 
 
 def of(store: Store, run: str | None, *, dynamics: bool = False, data: str = "train") -> SampleTable:

@@ -191,8 +191,14 @@ def test_samples_are_scanned_and_come_as_columns(training, hub):
     assert list(only) == ["loss"]
     histogram = hub.get(f"/scans/{scan['id']}/histogram?bins=10")
     assert sum(histogram["counts"]) == 64
-    places, _ = hub.columns("GET", f"/scans/{scan['id']}/map")
+    places, about_map = hub.columns("GET", f"/scans/{scan['id']}/map")
     assert np.isfinite(places["x"]).all()
+    if "umap" in about_map["methods"]:  # an optional extra
+        laid, _ = hub.columns("GET", f"/scans/{scan['id']}/map?method=umap")
+        assert len(laid["x"]) == 64
+    else:
+        refused = hub.http.get(f"{hub.at}/scans/{scan['id']}/map?method=umap")
+        assert (refused.status_code, "onthefly[umap]" in refused.text) == (409, True)
     assert hub.http.get(f"{hub.at}/scans/{scan['id']}/columns?name=no").status_code == 404
     chosen = hub.http.post(f"{hub.at}/samples/choose", json={"recipe": "top(loss, 5)", "source": "scan"}).json()
     assert (chosen["count"], chosen["length"]) == (5, 64)

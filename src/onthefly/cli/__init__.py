@@ -38,6 +38,7 @@ _MODULES = {
     "scan": "samples",
     "samples": "samples",
     "show": "samples",
+    "map": "samples",
     "export": "samples",
     "report": "report",
     "log": "history",

@@ -156,6 +156,35 @@ def show_command(indices: tuple[int, ...], data: str, **given: Any) -> None:
     click.echo(render.table(columns, told))
 
 
+@click.command("map", short_help="Lay a scan's embeddings out in two dimensions.")
+@click.argument("scan", type=click.IntRange(min=0), metavar="SCAN")
+@click.option(
+    "--method", type=click.Choice(["pca", "umap"]), default="pca", show_default=True, help="umap: an optional extra."
+)
+@click.option(
+    "--to", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write x and y of each sample here."
+)
+@options.store
+@options.as_json
+def map_command(scan: int, method: str, to: Path | None, store: Path | None, as_json: bool) -> None:
+    """Lay the embeddings of the scan of that number out in two dimensions: by principal components, or by UMAP, which is learnt from
+    20,000 samples at most and takes minutes then. A map by UMAP is kept in the store; the dashboard shows it.
+    """
+    with options.connect(store) as client:
+        found = client.sample_map(scan, method)
+        if to is not None:
+            import numpy as np
+
+            from onthefly.samples.export import export
+
+            export(found.columns, np.arange(len(found)), to)
+    if as_json:
+        click.echo(render.document({"scan": scan, "method": method, "samples": len(found)}))
+    else:
+        where = f"  {render.dim(str(to))}" if to is not None else ""
+        click.echo(f"{render.bold('mapped')}  {len(found):,} samples by {method}{where}")
+
+
 @click.command("export", short_help="Write samples with their values to a file.")
 @click.option(
     "--to",

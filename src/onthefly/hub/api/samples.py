@@ -8,16 +8,18 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
-from onthefly.errors import InvalidCommandError, StoreError, UnknownReferenceError
+from onthefly import sample_values
+from onthefly.errors import InvalidCommandError, MissingPartError, StoreError, UnknownReferenceError
 from onthefly.hub import columns
-from onthefly.hub.api.common import Here, Id, View
+from onthefly.hub.api.common import ChildrenHere, Here, Id, View
 from onthefly.hub.api.metrics import BINARY
 from onthefly.hub.stores import OpenStore
-from onthefly.samples import recipes
+from onthefly.samples import layout, recipes
 from onthefly.samples.selection import Selection
 from onthefly.samples.table import SampleTable
 from onthefly.store.queries import ScanRow
@@ -26,7 +28,7 @@ router = APIRouter(prefix="/stores/{store}", tags=["samples"])
 
 Data = Literal["train", "val", "test"]
 
-_FITTED = 20_000  # samples that the axes of a map are found from
+_MAPPING = 3600.0  # seconds
 _PIECE = 1 << 16
 
 
@@ -136,14 +138,22 @@ def get_columns(
 
 
 @router.get("/scans/{scan}/map", response_class=Response, responses=BINARY)
-def get_map(store: Here, scan: Id) -> Response:
-    """Where each sample's embedding lies on the first two principal components of all."""
-    table = store.scan(_row(store, scan))
-    name = next((name for name, column in table.columns.items() if column.ndim == 2), None)
-    if name is None:
-        raise UnknownReferenceError(f"scan {scan} has no embeddings; a scan makes them when it is asked to")
-    x, y = principal(table.columns[name])
-    return _binary({"x": x, "y": y}, {"by": "pca", "column": name})
+async def get_map(
+    store: Here, children: ChildrenHere, request: Request, scan: Id, method: Literal["pca", "umap"] = "pca"
+) -> Response:
+    """Where each sample's embedding lies in two dimensions: on the first two principal components of all, or by UMAP, which takes up to
+    minutes the first time, in a process of its own."""
+    row = await run_in_threadpool(_row, store, scan)
+    if method == "umap" and not sample_values.map_path(store.client.store, row.hash, method).is_file():
+        if method not in layout.methods():
+            raise MissingPartError("the hub has no umap-learn: pip install 'onthefly[umap]' where it runs")
+        await children.ask(["map", f"--method={method}"], [str(scan)], store.path, request, timeout=_MAPPING)
+    return await run_in_threadpool(_map, store, row, method)
+
+
+def _map(store: OpenStore, row: ScanRow, method: str) -> Response:
+    found = sample_values.sample_map(store.client.store, row, method, table=lambda: store.scan(row))
+    return _binary(dict(found.columns), {**found.about, "methods": layout.methods()})
 
 
 @router.get("/scans/{scan}/histogram")
@@ -255,24 +265,6 @@ def get_samples(store: Here, selection: Annotated[str | None, Query(max_length=1
 
     headers = {"Content-Disposition": 'attachment; filename="samples.csv"'}
     return StreamingResponse(content(), media_type="text/csv; charset=utf-8", headers=headers)
-
-
-def principal(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first two principal components of rows [N, D], float32 [N] each. Rows that are not finite are NaN."""
-    values = embeddings.astype(np.float32)
-    good = np.isfinite(values).all(axis=1)
-    fitted = values[good][:: max(1, int(good.sum()) // _FITTED)]
-    places = np.full((len(values), 2), np.nan, np.float32)
-    if len(fitted):
-        mean = fitted.mean(axis=0)
-        centred = (fitted - mean).astype(np.float64)
-        _, axes = np.linalg.eigh(centred.T @ centred)
-        best = axes[:, ::-1][:, :2].astype(np.float32)
-        # The sign of an axis is arbitrary: the same embeddings must give the same picture.
-        best *= np.where(best[np.abs(best).argmax(axis=0), np.arange(best.shape[1])] < 0, -1, 1).astype(np.float32)
-        places[good, : best.shape[1]] = (values[good] - mean) @ best
-        places[good, best.shape[1] :] = 0
-    return places[:, 0], places[:, 1]
 
 
 def _column(table: SampleTable, name: str) -> np.ndarray:

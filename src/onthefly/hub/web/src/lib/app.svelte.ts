@@ -26,6 +26,8 @@ export interface Toast {
 
 export interface ForkRequest {
   indices?: number[]
+  /** Whether discarded samples among them stay in. */
+  whole?: boolean
   about?: string
   /** From this checkpoint instead of the present state. */
   checkpoint?: { id: number; run: string; step: number }
@@ -147,7 +149,7 @@ class App {
   refreshCommands = (): Promise<void> =>
     this.#once('commands', async () => {
       const store = this.store
-      const commands = await get<Command[]>(inStore(store, '/commands?limit=60'))
+      const commands = await get<Command[]>(inStore(store, '/commands?limit=60&without=showSamples'))
       if (store === this.store) this.commands = commands
     })
 
