@@ -75,6 +75,8 @@ def collect(store: Store, *, keep: int | None = None, dry_run: bool = False) -> 
         elif not isinstance(found, Left):
             removed.append(found[0])
     for path in sample_values.caches(store):
+        if _is_fresh(path):
+            continue  # whoever asked for it may be about to read it
         going = Removal(
             "cache", path, fsck.size_of(path), "what samples look like; it is made again when it is asked for"
         )
@@ -100,6 +102,13 @@ def _unneeded(store: Store, report: Report) -> Iterator[Going | Left]:
         elif finding.kind in _SPARE:
             advice = finding.advice or ""
             yield _going(finding) if finding.remedy is not None else Left(str(finding.path), advice)
+
+
+def _is_fresh(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime < _FRESH
+    except FileNotFoundError:
+        return True
 
 
 def _why_left(store: Store, report: Report, finding: Finding) -> str | None:

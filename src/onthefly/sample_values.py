@@ -87,7 +87,7 @@ def shown_path(store: Store, key: str) -> Path:
     return store.scans_dir / f"shown-{key}.arrow"
 
 
-def forget_shown(store: Store, keep: int = 200) -> None:
+def forget_shown(store: Store, keep: int = 100) -> None:
     """Remove the contents of samples that were read long ago, but for the newest files."""
     files = [path for path in caches(store) if path.name.startswith("shown-")]
     for path in files[: max(0, len(files) - keep)]:

@@ -61,7 +61,9 @@ class Contents {
       const path = `/sessions/${session.id}/commands/showSamples`
       const answer = await commanded(store, path, { data: this.#data, indices: missing }, () => undefined)
       if (answer.status === 'failed') throw new Error(answer.error?.message ?? 'the session refused')
-      const got = await columns(inStore(store, `/samples/shown/${answer.result?.shown}`))
+      const key = answer.result?.shown
+      if (typeof key !== 'string') throw new Error('the session does not know how to')
+      const got = await columns(inStore(store, `/samples/shown/${key}`))
       if (of !== this.#of) return
       if (got.meta.length !== length) throw new Error('the live session has another data set than the one shown here')
       const next = new Map(this.found)
