@@ -51,7 +51,11 @@ class Contents {
   }
 
   async #ask(): Promise<void> {
-    if (this.#busy || this.problem !== null || document.hidden) return
+    if (this.#busy || this.problem !== null) return
+    if (document.hidden) {
+      document.addEventListener('visibilitychange', () => void this.#ask(), { once: true })
+      return
+    }
     const session = app.session
     const missing = this.#wanted.filter((index) => !this.found.has(index)).slice(0, MOST)
     if (missing.length === 0 || !session?.alive) return
