@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 
@@ -58,7 +59,9 @@ def umap(embeddings: np.ndarray) -> Places:
     values, good, fitted = _sound(embeddings)
     if len(fitted) < _FEWEST:
         raise InvalidCommandError(f"a map by umap needs {_FEWEST} samples or more, and {len(fitted)} have an embedding")
-    from umap import UMAP  # type: ignore[import-not-found]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImportWarning)  # it tells of a part of its own that lacks another library
+        from umap import UMAP  # type: ignore[import-not-found]
 
     neighbours = min(_NEIGHBOURS, len(fitted) - 1)
     start = "spectral" if len(fitted) > 3 * _NEIGHBOURS else "random"  # few samples have no spectrum to begin with
