@@ -26,8 +26,6 @@ export interface Toast {
 
 export interface ForkRequest {
   indices?: number[]
-  /** Whether discarded samples among them stay in. */
-  whole?: boolean
   about?: string
   /** From this checkpoint instead of the present state. */
   checkpoint?: { id: number; run: string; step: number }
