@@ -8,7 +8,7 @@ import sys
 import pytest
 from checkpoint_stores import again, begin, end, save, trained
 
-from onthefly import fsck, garbage
+from onthefly import fsck, garbage, sample_values
 from onthefly.checkpoints import sidecar
 from onthefly.store import catalog, queries
 from onthefly.store.store import Store
@@ -163,6 +163,25 @@ def test_statistics_go_with_the_checkpoint_that_they_are_of(store):
     found = garbage.collect(store)
     assert [(one.kind, one.path) for one in found.removed] == [("statistics", paths[1])]
     assert [path.exists() for path in paths] == [True, False]
+
+
+def test_what_samples_look_like_is_not_kept_for_ever(store):
+    trained(store)
+    kept = store.scans_dir / "selection-0123456789abcdef.arrow"
+    kept.touch()
+    for number in range(5):
+        path = sample_values.shown_path(store, f"{number:032x}")
+        path.write_bytes(b"12345")
+        os.utime(path, (number, number))
+    recent = sample_values.map_path(store, "a" * 64, "umap")
+    recent.touch()
+    sample_values.forget_shown(store, keep=2)
+    left = [sample_values.shown_path(store, f"{number:032x}") for number in (3, 4)]
+    assert set(store.scans_dir.iterdir()) == {kept, recent, *left}
+    assert [one.path for one in garbage.collect(store, dry_run=True).removed] == left
+    found = garbage.collect(store)
+    assert [(one.kind, one.size) for one in found.removed] == [("cache", 5)] * 2
+    assert set(store.scans_dir.iterdir()) == {kept, recent}
 
 
 def test_what_is_in_no_list_goes_from_the_own_folder(store):

@@ -582,6 +582,19 @@ class Client:
             raise
         return found.told()
 
+    def show_samples(self, indices: Sequence[int], data: str = "train", **how: Unpack[Delivery]) -> Result:
+        """Read samples from a live session's data set, at most 64; `shown_samples` gives what came. Training is not affected."""
+        return self.command("showSamples", data=data, indices=list(indices), **how)
+
+    def shown_samples(self, key: str) -> SampleTable:
+        """What `show_samples` has read, by the `shown` of its answer: a row a sample, with its kind, text, label and pixels.
+
+        Raises `UnknownReferenceError`.
+        """
+        from onthefly import sample_values
+
+        return sample_values.shown(self.store, key)
+
     def cancel_scan(self, **how: Unpack[Delivery]) -> Result:
         """Stop the scan that is under way."""
         return self.command("cancelScan", **how)
@@ -633,6 +646,53 @@ class Client:
         if ref is None or any(run.name == ref for run in self.runs()):
             return sample_values.of(self.store, ref, dynamics=dynamics, data=data)
         return sample_values.of_state(self.store, self._recorded(ref).hash, dynamics=dynamics, data=data)
+
+    def sample_map(self, scan: int, method: str = "pca") -> SampleTable:
+        """Where each sample of a scan with embeddings lies in two dimensions, columns x and y: by pca, or by umap (an optional extra).
+
+        Raises `UnknownReferenceError`, `MissingPartError` without umap-learn, and `InvalidCommandError` for another method.
+        """
+        from onthefly import sample_values
+
+        for row in self.scans():
+            if row.id == scan:
+                return sample_values.sample_map(self.store, row, method)
+        raise UnknownReferenceError(f"there is no scan {scan}")
+
+    def sample_tags(self, data: str = "train", *, project: str | None = None) -> dict[str, list[int]]:
+        """The words that people have given to samples, each with the indices of its samples. By default of the newest session's
+        project. Raises `UnknownReferenceError` when the store has no session yet."""
+        from onthefly.store import tags
+
+        found = tags.read(self.store, self._project(project), data)
+        return {tag: indices.tolist() for tag, indices in found.items()}
+
+    def tag_samples(
+        self,
+        indices: Sequence[int],
+        tag: str,
+        data: str = "train",
+        *,
+        tagged: bool = True,
+        project: str | None = None,
+    ) -> dict[str, list[int]]:
+        """Give a tag to samples, or, not `tagged`, take it from them; gives all tags. The tag "discarded" marks what nothing is to be
+        trained on: the dashboard leaves such samples out of a fork.
+
+        Raises `InvalidCommandError` for what is no tag or no index, and as `sample_tags`.
+        """
+        from onthefly.store import tags
+
+        found = tags.change(self.store, self._project(project), data, tag, indices, tagged=tagged)
+        return {tag: indices.tolist() for tag, indices in found.items()}
+
+    def _project(self, named: str | None) -> str:
+        if named is not None:
+            return named
+        rows = self.sessions()
+        if not rows:
+            raise UnknownReferenceError("the store has no session yet, so there are no samples to speak of")
+        return rows[-1].project
 
     def selection(self, name: str) -> Selection:
         """The samples that a run is trained on, by its newest change of them; or the selection of that digest.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from onthefly import fsck, keeping, repairs
+from onthefly import fsck, keeping, repairs, sample_values
 from onthefly.checkpoints import sidecar
 from onthefly.errors import CheckpointError, CommandError, OnTheFlyError, StoreBusyError
 from onthefly.fsck import Finding, Report
@@ -31,7 +31,7 @@ _SPARE = ("leftover", "litter", "stray")
 class Removal:
     """A file that goes. `size` is in bytes."""
 
-    kind: fsck.Kind | Literal["retention"]
+    kind: fsck.Kind | Literal["retention", "cache"]
     path: Path
     size: int
     message: str
@@ -69,7 +69,7 @@ def collect(store: Store, *, keep: int | None = None, dry_run: bool = False) -> 
     report = fsck.check(store, full=False)
     removed: list[Removal] = []
     left: list[Left] = []
-    for found in (*_unneeded(store, report), *_let_go(store, report, keep), *_statistics(store)):
+    for found in (*_unneeded(store, report), *_let_go(store, report, keep), *_again(store)):
         refused = found if isinstance(found, Left) else None if dry_run else _remove(store, found)
         if refused is not None:
             left.append(refused)
@@ -93,6 +93,13 @@ def _unneeded(store: Store, report: Report) -> Iterator[Going | Left]:
             yield _going(finding) if finding.remedy is not None else Left(str(finding.path), advice)
 
 
+def _is_fresh(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime < _FRESH
+    except FileNotFoundError:
+        return True
+
+
 def _why_left(store: Store, report: Report, finding: Finding) -> str | None:
     """Why a checkpoint that is not in the list stays, or None when it may go."""
     if finding.path.parent != store.checkpoints_dir.resolve():
@@ -103,7 +110,7 @@ def _why_left(store: Store, report: Report, finding: Finding) -> str | None:
         return finding.advice
     if any(other.kind == "journal" and other.run == finding.run for other in report.findings):
         return "a journal of its run is damaged, and may have told of it"
-    if time.time() - finding.path.stat().st_mtime < _FRESH:
+    if _is_fresh(finding.path):
         return "it is younger than a minute, and may be on its way into the list"
     rows = queries.checkpoints(store, evicted=True)
     live, gone = [row for row in rows if row.evicted is None], [row for row in rows if row.evicted is not None]
@@ -136,27 +143,33 @@ def _let_go(store: Store, report: Report, keep: int | None) -> Iterator[Going | 
                 yield Removal("retention", row.path, size, describe(row), row.run, row.step, row.hash), row
 
 
-def _statistics(store: Store) -> Iterator[Going | Left]:
-    """What was measured of a merge's parents, when neither a checkpoint is left to merge again nor a merge to verify."""
+def _again(store: Store) -> Iterator[Going | Left]:
+    """What is computed again when it is asked for."""
+    measured = "measured of a checkpoint that is gone, for a merge"
+    looks = "what samples look like; it is made again when it is asked for"
+    found: list[tuple[Literal["statistics", "cache"], Path, str]]
+    found = [("cache", path, looks) for path in sample_values.caches(store)]
+    try:
+        found += [("statistics", path, measured) for path in _statistics(store)]
+    except OnTheFlyError as e:
+        yield Left(str(store.statistics_dir), f"a manifest that may name what is in it cannot be read: {e}")
+    for kind, path, message in found:
+        if not _is_fresh(path):  # whoever asked for a young one may be about to read it
+            yield Removal(kind, path, fsck.size_of(path), message), None
+
+
+def _statistics(store: Store) -> list[Path]:
+    """What was measured of a merge's parents, where neither the checkpoint is left to merge again nor a merge to verify."""
     files = sorted(store.statistics_dir.glob("*.safetensors"))
     if not files:
-        return
+        return []
     of = {row.hash[:16] for row in queries.checkpoints(store)}
     needed: set[str] = set()
     for run in keeping.lasting(queries.runs(store)):
         if run.manifest is not None:
-            path = store.manifests_dir / f"{run.manifest[:16]}.json"
-            try:
-                merge = manifest.read(path).merge
-            except OnTheFlyError as e:
-                yield Left(str(store.statistics_dir), f"a manifest that may name them cannot be read: {e}")
-                return
-            needed |= {told["file"] for told in (merge or {}).get("statistics", ())}
-    for path in files:
-        young = time.time() - path.stat().st_mtime < _FRESH
-        if path.name not in needed and path.name.partition("-")[0] not in of and not young:
-            message = "measured of a checkpoint that is gone, for a merge"
-            yield Removal("statistics", path, fsck.size_of(path), message), None
+            merge = manifest.read(store.manifests_dir / f"{run.manifest[:16]}.json").merge or {}
+            needed |= {told["file"] for told in merge.get("statistics", ())}
+    return [path for path in files if path.name not in needed and path.name.partition("-")[0] not in of]
 
 
 def _remove(store: Store, going: Going) -> Left | None:

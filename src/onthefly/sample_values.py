@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from blake3 import blake3
 
 from onthefly.checkpoints.header import read_header
 from onthefly.errors import InvalidCommandError, StoreError, UnknownReferenceError, said
 from onthefly.runs.references import IMPORTED
-from onthefly.samples import recipes
+from onthefly.samples import layout, recipes
 from onthefly.samples.dynamics_columns import read_columns
 from onthefly.samples.export import Exported
 from onthefly.samples.export import export as write
 from onthefly.samples.selection import Selection, find
 from onthefly.samples.table import SampleTable
-from onthefly.store import queries
+from onthefly.store import queries, tags
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from onthefly.store.queries import CheckpointRow, EventRow, RunRow, ScanRow
     from onthefly.store.store import Store
 
+_KEY = re.compile(r"[0-9a-f]{32}")
 _VALUES = "dynamics/values"
 """The tensor of a checkpoint that holds what training has recorded of each sample."""
 
@@ -70,6 +74,73 @@ def known(store: Store, checkpoint: str, data: str, *, embeddings: bool) -> Scan
 def place(store: Store, checkpoint: str, data: str, *, embeddings: bool) -> Path:
     """Where the scan of a state is kept."""
     return store.scans_dir / f"{checkpoint[:16]}-{data}{'-embeddings' if embeddings else ''}.arrow"
+
+
+def shown_key(session: int, data: str, length: int, indices: Sequence[int]) -> str:
+    """What the contents of some samples are known by: the data set that a session has, and which of its samples."""
+    told = f"{session} {data} {length} {','.join(map(str, indices))}"
+    return blake3(told.encode()).hexdigest(32)[:32]
+
+
+def shown_path(store: Store, key: str) -> Path:
+    """Where the contents of samples are kept. Nothing needs them: they can be read again."""
+    return store.scans_dir / f"shown-{key}.arrow"
+
+
+def forget_shown(store: Store, keep: int = 100) -> None:
+    """Remove the contents of samples that were read long ago, but for the newest files."""
+    files = [path for path in caches(store) if path.name.startswith("shown-")]
+    for path in files[: max(0, len(files) - keep)]:
+        path.unlink(missing_ok=True)
+
+
+def caches(store: Store) -> list[Path]:
+    """Files that are made again when they are asked for: contents of samples, and maps. The oldest first."""
+    found = []
+    for pattern in ("shown-*.arrow", "map-*.arrow"):
+        for path in store.scans_dir.glob(pattern):
+            with suppress(FileNotFoundError):
+                found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found)]
+
+
+def shown(store: Store, key: str) -> SampleTable:
+    """The contents of samples that a session has read: see `onthefly.samples.contents.columns`.
+
+    Raises `UnknownReferenceError` when there are none under that key, and `StoreError` for a damaged file.
+    """
+    if not _KEY.fullmatch(key) or not (path := shown_path(store, key)).is_file():
+        raise UnknownReferenceError(
+            f"there are no samples {key!r}; `onthefly show` reads samples from a session's data set"
+        )
+    return SampleTable.read(path)
+
+
+def map_path(store: Store, scan: str, method: str) -> Path:
+    """Where a map is kept that took long to make. `scan` is the hash of the scan's table."""
+    return store.scans_dir / f"map-{method}-{scan[:32]}.arrow"
+
+
+def sample_map(
+    store: Store, scan: ScanRow, method: str, *, table: Callable[[], SampleTable] | None = None
+) -> SampleTable:
+    """Where each sample of a scan lies in two dimensions: columns x, y. One by umap is made once, and kept.
+
+    `table` gives the scan's values, when somebody has them. Raises `UnknownReferenceError` for a scan without embeddings, `StoreError`,
+    and as `onthefly.samples.layout.places`.
+    """
+    path = map_path(store, scan.hash, method)
+    if method != "pca" and path.is_file():
+        return SampleTable.read(path)
+    values = table() if table is not None else SampleTable.read(scan.path, content=scan.hash)
+    name = next((name for name, column in values.columns.items() if column.ndim == 2), None)
+    if name is None:
+        raise UnknownReferenceError(f"scan {scan.id} has no embeddings; a scan makes them when it is asked to")
+    x, y = layout.places(values.columns[name], method)
+    made = SampleTable({"x": x, "y": y}, {"by": method, "column": name, "scan": scan.hash})
+    if method != "pca":
+        made.write(path)
+    return made
 
 
 def of(store: Store, run: str | None, *, dynamics: bool = False, data: str = "train") -> SampleTable:
@@ -127,9 +198,10 @@ def export(store: Store, path: Path, name: str | None, recipe: recipes.Recipe | 
     columns: dict[str, np.ndarray] = {}
     for known in (True, False):
         try:
-            columns |= of(store, None, dynamics=known).columns
+            table = of(store, None, dynamics=known)
         except UnknownReferenceError:
             continue
+        columns |= {**table.columns, **tag_column(store, str(table.about.get("run")), len(table))}
     chosen = selection(store, name) if name is not None else None
     if chosen is not None:
         columns = {key: values for key, values in columns.items() if len(values) == chosen.length}
@@ -141,6 +213,13 @@ def export(store: Store, path: Path, name: str | None, recipe: recipes.Recipe | 
         columns = {key: values for key, values in columns.items() if len(values) == length}
         indices = recipes.choose(recipe, columns, length) if recipe is not None else np.arange(length)
     return write(columns, indices, path)
+
+
+def tag_column(store: Store, run: str, length: int) -> dict[str, np.ndarray]:
+    """The column `tags` of the train data of a run's project; no column when nobody has tagged any of it."""
+    row = queries.run(store, run)
+    found = tags.read(store, row.project, "train") if row is not None else {}
+    return {"tags": tags.column(found, length)} if found else {}
 
 
 def _is_of(event: EventRow, run: RunRow, until: CheckpointRow | None) -> bool:

@@ -191,8 +191,14 @@ def test_samples_are_scanned_and_come_as_columns(training, hub):
     assert list(only) == ["loss"]
     histogram = hub.get(f"/scans/{scan['id']}/histogram?bins=10")
     assert sum(histogram["counts"]) == 64
-    places, _ = hub.columns("GET", f"/scans/{scan['id']}/map")
+    places, about_map = hub.columns("GET", f"/scans/{scan['id']}/map")
     assert np.isfinite(places["x"]).all()
+    if "umap" in about_map["methods"]:  # an optional extra
+        laid, _ = hub.columns("GET", f"/scans/{scan['id']}/map?method=umap")
+        assert len(laid["x"]) == 64
+    else:
+        refused = hub.http.get(f"{hub.at}/scans/{scan['id']}/map?method=umap")
+        assert (refused.status_code, "onthefly[umap]" in refused.text) == (409, True)
     assert hub.http.get(f"{hub.at}/scans/{scan['id']}/columns?name=no").status_code == 404
     chosen = hub.http.post(f"{hub.at}/samples/choose", json={"recipe": "top(loss, 5)", "source": "scan"}).json()
     assert (chosen["count"], chosen["length"]) == (5, 64)
@@ -203,6 +209,44 @@ def test_samples_are_scanned_and_come_as_columns(training, hub):
     dynamics, _ = hub.columns("GET", "/dynamics")
     assert dynamics["seen"].sum() > 0
     assert hub.http.get(f"{hub.at}/samples.csv").text.startswith('"index"')
+
+
+def test_samples_are_shown_as_the_data_set_gives_them(training, hub):
+    answer = hub.give(training.session, "showSamples", indices=[7, 3])
+    columns, about = hub.columns("GET", f"/samples/shown/{answer['result']['shown']}")
+    assert columns["index"].tolist() == [7, 3]
+    assert (columns["kind"], columns["shape"], about["data"]) == (["array"] * 2, ["4", "4"], "train")
+    assert set(columns["label"]) <= {"0", "1", "2"}
+    assert hub.http.get(f"{hub.at}/samples/shown/{'0' * 32}").status_code == 404
+    assert hub.http.get(f"{hub.at}/samples/shown/..%2f..%2fonthefly.db").status_code in (404, 422)
+    path = f"{hub.at}/sessions/{training.session}/commands/showSamples"
+    assert hub.http.post(path, json={"indices": list(range(65))}).status_code == 422
+    assert hub.http.post(path, json={"indices": [-1]}).status_code == 422
+
+
+def test_samples_are_tagged_and_the_tags_are_exported(hub, training):
+    project = hub.get("/runs")[0]["project"]
+    hub.give(training.session, "scanSamples")
+
+    def tag(tag, indices, tagged=True):
+        body = {"project": project, "tag": tag, "indices": indices, "tagged": tagged}
+        return hub.http.post(f"{hub.at}/samples/tags", json=body)
+
+    try:
+        assert tag(" <b>odd</b> ", [5, 3, 5]).json()["tags"] == {"<b>odd</b>": [3, 5]}
+        assert tag("discarded", [3]).json()["tags"] == {"<b>odd</b>": [3, 5], "discarded": [3]}
+        assert hub.get(f"/samples/tags?project={project}")["tags"] == {"<b>odd</b>": [3, 5], "discarded": [3]}
+        assert hub.get(f"/samples/tags?project={project}&data=val")["tags"] == {}
+        rows = list(csv.DictReader(hub.http.get(f"{hub.at}/samples.csv").text.splitlines()))
+        assert {int(row["index"]): row["tags"] for row in rows if row["tags"]} == {
+            3: "<b>odd</b>; discarded",
+            5: "<b>odd</b>",
+        }
+        for wrong in (tag("a;b", [1]), tag("\x1b", [1]), tag("x" * 65, [1]), tag("x", [-1]), tag("x", [])):
+            assert wrong.status_code == 422
+    finally:
+        tag("<b>odd</b>", [3, 5], False)
+        assert tag("discarded", [3, 9], False).json()["tags"] == {}
 
 
 def test_a_fork_on_chosen_samples_has_a_selection(training, hub):

@@ -43,6 +43,7 @@ def test_each_command_is_tested_here():
         "subset",
         "undo",
         "scanSamples",
+        "showSamples",
         "cancelScan",
         "exportSubset",
         # in test_beside.py

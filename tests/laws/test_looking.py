@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from law_programs import PER_EPOCH
+from law_programs import PER_EPOCH, SAMPLES
 from law_trainings import assert_same, plain
 
 from onthefly.health.findings import KINDS as REPORTS
@@ -57,7 +57,7 @@ def test_twenty_looks_leave_no_trace(trainings, kind):
 
 def look(training, rng):
     """Do one of the things that must not matter to a training that stands in a step, and let it on."""
-    what = rng.choice(["pause", "save", "test", "val", "status", "lr", "nothing", "pin", "report"])
+    what = rng.choice(["pause", "save", "test", "val", "status", "lr", "nothing", "pin", "report", "show"])
     if what == "status":
         assert [row.pid for row in training.client.status().live] == [training.pid]
         training.client.latest("baseline")
@@ -70,6 +70,7 @@ def look(training, rng):
         "test": ("testRun", {"save": rng.random() < 0.5}),
         "val": ("testRun", {"data": "val", "save": False}),
         "report": ("report", {"report": rng.choice(REPORTS), "steps": 2}),
+        "show": ("showSamples", {"indices": rng.sample(range(SAMPLES), 3)}),
         "lr": ("set", {"values": {"lr": _lr(training)}}),
         "nothing": ("set", {"values": {"noise": 0.01, "weight_decay": "*1"}}),
     }

@@ -4,6 +4,7 @@ import csv
 import time
 from pathlib import Path
 
+import law_programs
 import numpy as np
 import pytest
 import torch
@@ -37,6 +38,39 @@ def test_a_scan_leaves_no_trace_and_is_not_made_twice_of_one_state(trainings, ki
     assert row.checkpoint in {c.hash for c in training.client.checkpoints("baseline", evicted=True)}
     table = SampleTable.read(row.path, content=row.hash)
     assert np.isclose(table.columns["loss"].mean(), found["loss"])
+
+
+@pytest.mark.parametrize("kind", [{}, {"workers": 2, "persistent": True}], ids=["here", "workers"])
+def test_samples_are_shown_as_a_scan_sees_them_without_a_trace(trainings, kind):
+    """Also while training stands. The augmentation draws from all generators."""
+    alone = trainings.start(store="alone", **kind)
+    training = trainings.start(stops=(3, 7, 9), **kind)
+    first = training.at(3).deliver("showSamples", indices=[5, 0])
+    training.go()
+    ids = [
+        training.at(7).deliver("showSamples", indices=[5, 0]),
+        training.deliver("showSamples", indices=[0, 9, 5]),
+        training.deliver("showSamples", indices=[SAMPLES]),
+        training.deliver("showSamples", indices=[1], data="val"),
+        training.deliver("pause", save=False),
+    ]
+    training.go()
+    found, again, more, _, _ = (training.done(id) for id in (first, *ids[:2], *ids[3:]))
+    assert training.failed(ids[2])["type"] == "InvalidCommandError"
+    paused = training.client.show_samples([9, 5])
+    training.client.resume()
+    training.at(9).go()
+    assert_same(training.end(), alone.end(), *STATE)
+    assert (found["again"], again["again"], again["shown"] == found["shown"]) == (False, True, True)
+    tables = [training.client.shown_samples(answer["shown"]).columns for answer in (found, more, paused)]
+    assert [table["index"].tolist() for table in tables] == [[5, 0], [0, 9, 5], [9, 5]]
+    texts = [dict(zip(table["index"].tolist(), table["text"], strict=True)) for table in tables]
+    assert texts[0] == {index: texts[1][index] for index in (5, 0)}
+    assert texts[2] == {index: texts[1][index] for index in (9, 5)}
+    assert (tables[0]["kind"][0], tables[0]["shape"][0], tables[0]["label"].tolist()) == ("array", "6", ["2", "0"])
+    held = law_programs.Samples(1).inputs
+    shown = np.array([float(number) for number in texts[0][5].split(",")])
+    assert 0 < np.abs(shown - held[5].numpy()).max() < 0.6  # augmented
 
 
 def test_a_fork_by_quantile_is_on_the_samples_with_the_largest_losses(trainings):

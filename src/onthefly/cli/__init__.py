@@ -37,6 +37,8 @@ _MODULES = {
     "diff": "runs",
     "scan": "samples",
     "samples": "samples",
+    "show": "samples",
+    "map": "samples",
     "export": "samples",
     "report": "report",
     "log": "history",

@@ -1,4 +1,4 @@
-"""What is known of single samples: scan, samples, export."""
+"""What is known of single samples: scan, samples, show, export."""
 
 from __future__ import annotations
 
@@ -127,6 +127,64 @@ def samples_command(
     click.echo(render.table(columns, [[_cell(row.get(name)) for name in shown] for row in rows]))
 
 
+@click.command("show", short_help="What some samples are, as the data set gives them.")
+@click.argument("indices", nargs=-1, type=click.IntRange(min=0), required=True, metavar="INDEX...")
+@click.option(
+    "--data", type=click.Choice(["train", "val", "test"]), default="train", show_default=True, help="Of which data."
+)
+@options.delivery
+def show_command(indices: tuple[int, ...], data: str, **given: Any) -> None:
+    """Read samples from the data set of a live session, at most 64, and tell what each is: its kind, type, shape, label, and first
+    values. Training stands meanwhile, and is not affected. The dashboard draws them.
+    """
+    as_json, store = given.pop("as_json"), given.pop("store")
+    with options.connect(store) as client:
+        result = client.show_samples(indices, data, **options.how(given))
+        if result.get("status") == "queued":
+            say("shown", result, as_json)
+            return
+        found = client.shown_samples(result["shown"]).columns
+    names = [name for name in found if name != "pixels"]
+    rows = [{name: _plain(found[name][row]) for name in names} for row in range(len(indices))]
+    if as_json:
+        click.echo(render.document({**result, "rows": rows}))
+        return
+    columns = [Column("INDEX", "right"), *(Column(name) for name in ("KIND", "TYPE", "SHAPE", "LABEL", "CONTENT"))]
+    told = [
+        [*(str(row[name]) for name in ("index", "kind", "dtype", "shape", "label")), _line(row["text"])] for row in rows
+    ]
+    click.echo(render.table(columns, told))
+
+
+@click.command("map", short_help="Lay a scan's embeddings out in two dimensions.")
+@click.argument("scan", type=click.IntRange(min=0), metavar="SCAN")
+@click.option(
+    "--method", type=click.Choice(["pca", "umap"]), default="pca", show_default=True, help="umap: an optional extra."
+)
+@click.option(
+    "--to", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write x and y of each sample here."
+)
+@options.store
+@options.as_json
+def map_command(scan: int, method: str, to: Path | None, store: Path | None, as_json: bool) -> None:
+    """Lay the embeddings of the scan of that number out in two dimensions: by principal components, or by UMAP, which is learnt from
+    20,000 samples at most and takes minutes then. A map by UMAP is kept in the store; the dashboard shows it.
+    """
+    with options.connect(store) as client:
+        found = client.sample_map(scan, method)
+        if to is not None:
+            import numpy as np
+
+            from onthefly.samples.export import export
+
+            export(found.columns, np.arange(len(found)), to)
+    if as_json:
+        click.echo(render.document({"scan": scan, "method": method, "samples": len(found)}))
+    else:
+        where = f"  {render.dim(str(to))}" if to is not None else ""
+        click.echo(f"{render.bold('mapped')}  {len(found):,} samples by {method}{where}")
+
+
 @click.command("export", short_help="Write samples with their values to a file.")
 @click.option(
     "--to",
@@ -191,6 +249,11 @@ def _worst(table: SampleTable, column: str, top: int) -> list[dict[str, Any]]:
     numbers = flat[column].astype(np.float64)
     order = np.argsort(-numbers, kind="stable")[: min(top, int(np.isfinite(numbers).sum()))]
     return [{"index": int(i), **{name: _plain(values[i]) for name, values in flat.items()}} for i in order]
+
+
+def _line(text: str, most: int = 80) -> str:
+    whole = " ".join(text.split())
+    return whole if len(whole) <= most else whole[: most - 1] + "…"
 
 
 def _plain(value: Any) -> Any:

@@ -114,6 +114,10 @@ def scan(session: Session, command: commands.ScanSamples) -> Result:
     return session.sampling.scan(command.data, embeddings=command.embeddings)
 
 
+def show(session: Session, command: commands.ShowSamples) -> Result:
+    return session.sampling.show(command.data, command.indices)
+
+
 def cancel_scan(session: Session, command: commands.CancelScan) -> Result:
     raise InvalidCommandError("no scan is under way")
 
@@ -161,6 +165,7 @@ _ACTIONS: Mapping[type[Command], Callable[[Any, Any], Answer]] = {
     commands.SetValue: set_value,
     commands.TestRun: test,
     commands.ScanSamples: scan,
+    commands.ShowSamples: show,
     commands.CancelScan: cancel_scan,
     commands.AdoptScan: adopt_scan,
     commands.Subset: subset,

@@ -8,7 +8,7 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -149,8 +149,18 @@ class ScanSamples(Command):
     embeddings: bool = Field(False, description="Also an embedding of every sample.")
 
 
+class ShowSamples(Command):
+    """Read some samples from the data set, so that they can be looked at. Training stands meanwhile, and is not affected."""
+
+    kind = "showSamples"
+    data: str = Field("train", pattern="^(train|val|test)$", description="Which loader's data: train, val or test.")
+    indices: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(
+        min_length=1, max_length=64, description="Which samples: at most 64."
+    )
+
+
 class CancelScan(Command):
-    """Stop the scan that is under way."""
+    """Stop the scan that is under way, or the reading of samples."""
 
     kind = "cancelScan"
 
@@ -303,6 +313,7 @@ COMMANDS: tuple[type[Command], ...] = (
     TestRun,
     SetValue,
     ScanSamples,
+    ShowSamples,
     CancelScan,
     AdoptScan,
     Subset,

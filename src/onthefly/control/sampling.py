@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,22 @@ from onthefly.errors import (
 )
 from onthefly.sample_values import Scanned
 from onthefly.samples import recipes
+from onthefly.samples.contents import Content, columns, read
 from onthefly.samples.dynamics import Dynamics
 from onthefly.samples.export import export
+from onthefly.samples.loading import Source
 from onthefly.samples.scan import PerSampleLoss, ScanStopped, per_sample_loss, scan
 from onthefly.samples.selection import Selection, find
 from onthefly.samples.table import Columns, SampleTable
 from onthefly.state.loader import ExactLoader
 from onthefly.state.train_state import TrainState
-from onthefly.state.undisturbed import undisturbed
+from onthefly.state.undisturbed import same_randomness, undisturbed
 from onthefly.store.projection import project
 
 Result = dict[str, Any]
+
+_SHOWING = 10.0
+"""Seconds that training stands at most while samples are read for somebody to look at."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,42 @@ class Sampling:
         self._history.scan(line, told.pop("step"), told.pop("epoch"), **told)
         return {"path": str(path), "checkpoint": command.checkpoint}
 
+    def show(self, data: str, indices: Sequence[int]) -> Result:
+        """Read samples from the data set, for somebody to look at, and leave them in the store. Each is as a scan sees it.
+
+        What was read by this session already is not read again. What the data set raises is the content of that sample. Raises
+        `MissingPartError` for a loader that attach was not given, `UnsupportedLoaderError`, `InvalidCommandError` for indices that are not
+        of the data set, and `CommandError` when it is cancelled.
+        """
+        loader, store = self._loader_of(data), self._start.store
+        length = Source.of(loader).length
+        key = sample_values.shown_key(self._start.session, data, length, indices)
+        path = sample_values.shown_path(store, key)
+        again = path.is_file()
+        if not again:
+            found = self._read(loader, indices)
+            if any(one.kind == "error" for one in found.values()):  # it is tried again when it is asked for again
+                key = secrets.token_hex(16)
+                path = sample_values.shown_path(store, key)
+            SampleTable(columns(found), {"run": self._history.run, "data": data, "length": length}).write(path)
+            sample_values.forget_shown(store)
+        return {"shown": key, "data": data, "samples": len(indices), "again": again, "path": str(path)}
+
+    def _read(self, loader: Any, indices: Sequence[int]) -> dict[int, Content]:
+        found: dict[int, Content] = {}
+        ends = time.monotonic() + _SHOWING
+        try:
+            with same_randomness(loader), closing(read(loader, indices)) as contents:
+                for index, content in contents:
+                    found[index] = content
+                    self.look_up()
+                    if time.monotonic() > ends:
+                        break
+        except ScanStopped as e:
+            raise CommandError(str(e)) from e
+        late = Content("error", f"not read: after {_SHOWING:g} s training goes on; ask for fewer samples")
+        return {index: found.get(index, late) for index in indices}
+
     def selection(self, command: commands.Chosen) -> Selection | None:
         """The samples that a command chooses; None: it chooses none. What has to be computed for it is computed.
 
@@ -162,6 +204,7 @@ class Sampling:
         columns = {**self._columns, **scanned.table.columns}
         if self._recorded() and self._dynamics is not None:
             columns = {**self._dynamics.columns(), **columns}
+        columns |= sample_values.tag_column(self._start.store, self._history.run, self._length())
         active = self._loader.subset if self._loader is not None else None
         indices = (
             chosen.indices if chosen is not None else np.arange(self._length()) if active is None else active.numpy()
@@ -235,10 +278,14 @@ class Sampling:
 
     def _needed(self, data: str) -> tuple[Any, PerSampleLoss]:
         given = self._inputs
+        return self._loader_of(data), per_sample_loss(given.loss_fn, given.per_sample_loss)
+
+    def _loader_of(self, data: str) -> Any:
+        given = self._inputs
         loader = {"train": given.train_loader, "val": given.val_loader, "test": given.test_loader}[data]
         if loader is None:
             raise MissingPartError(f"attach was given no {data}_loader, so there is nothing to scan")
-        return loader, per_sample_loss(given.loss_fn, given.per_sample_loss)
+        return loader
 
     def _known(self, content: str, data: str, embeddings: bool) -> Scanned | None:
         last = self._last

@@ -225,7 +225,7 @@ def each_batch(loader: DataLoader[Any], source: Source) -> Generator[tuple[int, 
     """Every batch, with how many samples are done with it. Its workers end with it."""
     batches = _Batches(source)
     if loader.num_workers or loader.pin_memory:
-        iterator = _iterate(loader, batches)
+        iterator = iterate(loader, batches)
     else:  # a DataLoader would only add its own time, a twentieth of a small model's
         iterator = (batches[number] for number in range(len(batches)))
     try:
@@ -236,16 +236,17 @@ def each_batch(loader: DataLoader[Any], source: Source) -> Generator[tuple[int, 
             iterator._shutdown_workers()
 
 
-def _iterate(loader: DataLoader[Any], batches: _Batches) -> Any:
-    """The iterator of a loader like the user's over batches that are collated already."""
+def iterate(loader: DataLoader[Any], items: Any, **instead: Any) -> Any:
+    """The iterator of a loader like the user's, but for what is given `instead`, over items that are handed out as they are."""
     arguments = {
         **_arguments(loader),
         "collate_fn": _as_it_is,
         "generator": torch.Generator().manual_seed(SEED),  # the user's stays where it is
         "persistent_workers": False,
         "in_order": True,
+        **instead,
     }
-    own: DataLoader[Any] = DataLoader(batches, batch_size=None, **arguments)  # type: ignore[arg-type]
+    own: DataLoader[Any] = DataLoader(items, batch_size=None, **arguments)
     with _signals_blocked(own):
         return iter(own)
 

@@ -122,6 +122,16 @@ scan = Table(
     Index("scan_by_checkpoint", "checkpoint"),
 )
 
+sample_tag = Table(
+    "sample_tag",
+    metadata,
+    Column("project", String, nullable=False),
+    Column("data", String, nullable=False),
+    Column("tag", String, nullable=False),
+    Column("samples", LargeBinary, nullable=False),  # packed <i8, sorted
+    PrimaryKeyConstraint("project", "data", "tag"),
+)
+
 event = Table(
     "event",
     metadata,

@@ -162,14 +162,17 @@ def get_commands(
     session: Annotated[int | None, Query(ge=0, le=LARGEST)] = None,
     status: Literal["queued", "done", "failed"] | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    without: Annotated[list[str], Query(max_length=20)] = [],  # noqa: B006  FastAPI copies it
 ) -> list[CommandView]:
-    """Commands, the newest first."""
+    """Commands, the newest first, but for some kinds."""
     table = schema.command
     wanted = select(table).order_by(table.c.number.desc()).limit(limit)
     if session is not None:
         wanted = wanted.where(table.c.session == session)
     if status is not None:
         wanted = wanted.where(table.c.status == status)
+    if without:
+        wanted = wanted.where(table.c.kind.not_in(without))
     with store.client.store.read() as connection:
         rows = [CommandRow(**row) for row in connection.execute(wanted).mappings()]
     return [command_view(row) for row in rows]

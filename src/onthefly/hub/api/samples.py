@@ -8,23 +8,27 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
-from onthefly.errors import InvalidCommandError, StoreError, UnknownReferenceError
+from onthefly import sample_values
+from onthefly.errors import InvalidCommandError, MissingPartError, StoreError, UnknownReferenceError
 from onthefly.hub import columns
-from onthefly.hub.api.common import Here, Id, View
+from onthefly.hub.api.common import ChildrenHere, Here, Id, View
 from onthefly.hub.api.metrics import BINARY
 from onthefly.hub.stores import OpenStore
-from onthefly.samples import recipes
+from onthefly.samples import layout, recipes
 from onthefly.samples.selection import Selection
 from onthefly.samples.table import SampleTable
 from onthefly.store.queries import ScanRow
 
 router = APIRouter(prefix="/stores/{store}", tags=["samples"])
 
-_FITTED = 20_000  # samples that the axes of a map are found from
+Data = Literal["train", "val", "test"]
+
+_MAPPING = 3600.0  # seconds
 _PIECE = 1 << 16
 
 
@@ -82,6 +86,24 @@ class ChosenView(View):
     suspects: Suspects | None
 
 
+class TagsView(View):
+    """Words that people have given to a project's samples, each with the indices of its samples."""
+
+    project: str
+    data: str
+    tags: dict[str, list[int]]
+
+
+class TagBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    project: Annotated[str, Field(max_length=200)]
+    data: Data = "train"
+    tag: Annotated[str, Field(min_length=1, max_length=100)]
+    indices: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=100_000)]
+    tagged: bool = True
+
+
 def _row(store: OpenStore, id: int) -> ScanRow:
     for row in store.client.scans():
         if row.id == id:
@@ -116,14 +138,22 @@ def get_columns(
 
 
 @router.get("/scans/{scan}/map", response_class=Response, responses=BINARY)
-def get_map(store: Here, scan: Id) -> Response:
-    """Where each sample's embedding lies on the first two principal components of all."""
-    table = store.scan(_row(store, scan))
-    name = next((name for name, column in table.columns.items() if column.ndim == 2), None)
-    if name is None:
-        raise UnknownReferenceError(f"scan {scan} has no embeddings; a scan makes them when it is asked to")
-    x, y = principal(table.columns[name])
-    return _binary({"x": x, "y": y}, {"by": "pca", "column": name})
+async def get_map(
+    store: Here, children: ChildrenHere, request: Request, scan: Id, method: Literal["pca", "umap"] = "pca"
+) -> Response:
+    """Where each sample's embedding lies in two dimensions: on the first two principal components of all, or by UMAP, which takes up to
+    minutes the first time, in a process of its own."""
+    row = await run_in_threadpool(_row, store, scan)
+    if method == "umap" and not sample_values.map_path(store.client.store, row.hash, method).is_file():
+        if method not in layout.methods():
+            raise MissingPartError("the hub has no umap-learn: pip install 'onthefly[umap]' where it runs")
+        await children.ask(["map", f"--method={method}"], [str(scan)], store.path, request, timeout=_MAPPING)
+    return await run_in_threadpool(_map, store, row, method)
+
+
+def _map(store: OpenStore, row: ScanRow, method: str) -> Response:
+    found = sample_values.sample_map(store.client.store, row, method, table=lambda: store.scan(row))
+    return _binary(dict(found.columns), {**found.about, "methods": layout.methods()})
 
 
 @router.get("/scans/{scan}/histogram")
@@ -175,6 +205,26 @@ def choose(store: Here, body: ChooseBody) -> ChosenView:
     )
 
 
+@router.get("/samples/shown/{key}", response_class=Response, responses=BINARY)
+def get_shown(store: Here, key: Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]) -> Response:
+    """What some samples are, as `showSamples` has read them: pixels, texts, first values, labels."""
+    table = store.client.shown_samples(key)
+    return _binary(dict(table.columns), dict(table.about))
+
+
+@router.get("/samples/tags")
+def get_tags(store: Here, project: Annotated[str, Query(max_length=200)], data: Data = "train") -> TagsView:
+    """The tags of a project's samples."""
+    return TagsView(project=project, data=data, tags=store.client.sample_tags(data, project=project))
+
+
+@router.post("/samples/tags")
+def post_tags(store: Here, body: TagBody) -> TagsView:
+    """Give a tag to samples, or take it from them. `discarded` marks what nothing is to be trained on."""
+    found = store.client.tag_samples(body.indices, body.tag, body.data, tagged=body.tagged, project=body.project)
+    return TagsView(project=body.project, data=body.data, tags=found)
+
+
 @router.get("/selections")
 def get_selections(store: Here) -> list[SelectionRowView]:
     """Every selection that was made. One that is damaged is not listed: `onthefly fsck` tells of it."""
@@ -215,24 +265,6 @@ def get_samples(store: Here, selection: Annotated[str | None, Query(max_length=1
 
     headers = {"Content-Disposition": 'attachment; filename="samples.csv"'}
     return StreamingResponse(content(), media_type="text/csv; charset=utf-8", headers=headers)
-
-
-def principal(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first two principal components of rows [N, D], float32 [N] each. Rows that are not finite are NaN."""
-    values = embeddings.astype(np.float32)
-    good = np.isfinite(values).all(axis=1)
-    fitted = values[good][:: max(1, int(good.sum()) // _FITTED)]
-    places = np.full((len(values), 2), np.nan, np.float32)
-    if len(fitted):
-        mean = fitted.mean(axis=0)
-        centred = (fitted - mean).astype(np.float64)
-        _, axes = np.linalg.eigh(centred.T @ centred)
-        best = axes[:, ::-1][:, :2].astype(np.float32)
-        # The sign of an axis is arbitrary: the same embeddings must give the same picture.
-        best *= np.where(best[np.abs(best).argmax(axis=0), np.arange(best.shape[1])] < 0, -1, 1).astype(np.float32)
-        places[good, : best.shape[1]] = (values[good] - mean) @ best
-        places[good, best.shape[1] :] = 0
-    return places[:, 0], places[:, 1]
 
 
 def _column(table: SampleTable, name: str) -> np.ndarray:

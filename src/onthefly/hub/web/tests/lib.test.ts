@@ -3,7 +3,7 @@ import { numbers, unpack } from '../src/lib/columns'
 import { bytes, duration, number } from '../src/lib/format'
 import { descendants, place, visible } from '../src/lib/layout'
 import { epochAt, markOf, marksOf } from '../src/lib/marks'
-import { fuzzy, glob, histogram, inside, nearest, smooth, ticks, typed, yRange } from '../src/lib/maths'
+import { fuzzy, glob, nearest, smooth, ticks, typed, yRange } from '../src/lib/maths'
 import type { Event, GraphEdge, GraphNode } from '../src/lib/types'
 
 function packed(columns: Record<string, Float64Array | Int32Array | string[]>, meta: unknown): ArrayBuffer {
@@ -113,23 +113,6 @@ describe('curves', () => {
     expect(nearest([1, 5, 9], 100)).toBe(2)
     expect(nearest([], 1)).toBe(0)
     expect(ticks(0, 10)).toEqual([0, 2, 4, 6, 8, 10])
-    expect(Array.from(histogram([0, 0.5, 1, NaN, 2], 0, 1, 2))).toEqual([1, 3])
-    expect(
-      inside(0.5, 0.5, [
-        [0, 0],
-        [1, 0],
-        [1, 1],
-        [0, 1],
-      ]),
-    ).toBe(true)
-    expect(
-      inside(1.5, 0.5, [
-        [0, 0],
-        [1, 0],
-        [1, 1],
-        [0, 1],
-      ]),
-    ).toBe(false)
   })
 
   it('knows the epoch of a step', () => {

@@ -147,7 +147,7 @@ class App {
   refreshCommands = (): Promise<void> =>
     this.#once('commands', async () => {
       const store = this.store
-      const commands = await get<Command[]>(inStore(store, '/commands?limit=60'))
+      const commands = await get<Command[]>(inStore(store, '/commands?limit=60&without=showSamples'))
       if (store === this.store) this.commands = commands
     })
 

@@ -97,29 +97,6 @@ export function yRange(lines: ArrayLike<number>[], robust: boolean, log: boolean
 
 export type Point = [number, number]
 
-/** Whether a point lies in a polygon (even-odd). */
-export function inside(x: number, y: number, polygon: Point[]): boolean {
-  let found = false
-  for (let i = 0, j = polygon.length - 1; i < polygon.length; j = i++) {
-    const [xi, yi] = polygon[i]
-    const [xj, yj] = polygon[j]
-    if (yi > y !== yj > y && x < ((xj - xi) * (y - yi)) / (yj - yi) + xi) found = !found
-  }
-  return found
-}
-
-/** How many of the finite values lie in each of `bins` equal parts between `low` and `high`; what lies outside counts at the edge. */
-export function histogram(values: ArrayLike<number>, low: number, high: number, bins: number): Uint32Array {
-  const counts = new Uint32Array(bins)
-  const scale = high > low ? bins / (high - low) : 0
-  for (let i = 0; i < values.length; i++) {
-    const v = values[i]
-    if (!Number.isFinite(v)) continue
-    counts[Math.min(bins - 1, Math.max(0, Math.floor((v - low) * scale)))]++
-  }
-  return counts
-}
-
 /** The place in a sorted list that is nearest to `x`. */
 export function nearest(xs: ArrayLike<number>, x: number): number {
   let low = 0
