@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from onthefly.repairs import Repair
     from onthefly.run_comparison import RunDiff
     from onthefly.sample_values import Scanned
+    from onthefly.samples.changes import Changes
     from onthefly.samples.recipes import Recipe
     from onthefly.samples.selection import Selection
     from onthefly.samples.table import SampleTable
@@ -663,6 +664,17 @@ class Client:
         from onthefly import run_comparison
 
         return run_comparison.compare(self, self.run(a), self.run(b))
+
+    def sample_changes(self, a: str, b: str, data: str = "train") -> Changes:
+        """Which samples the run `b` has learned or forgotten, seen from `a`: by the newest scan of `data` of each. Loads no torch.
+
+        Raises `UnknownReferenceError` when one of them was not scanned, or they are of data sets of different lengths.
+        """
+        from onthefly import sample_values
+        from onthefly.samples.changes import changes
+
+        before, after = (sample_values.of(self.store, self.run(run).name, data=data) for run in (a, b))
+        return changes(before.columns, after.columns)
 
     def heads(self) -> dict[str, tuple[int, int]]:
         """For every run, the last step and epoch that is recorded of it."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, Field
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
 
 from onthefly.errors import OnTheFlyError, StoreError, UnknownReferenceError, said
+from onthefly.hub import columns
 from onthefly.hub.api.common import ChildrenHere, Here, RunName, View
+from onthefly.hub.api.metrics import BINARY
 from onthefly.hub.stores import OpenStore
 from onthefly.runs import manifest as manifests
 from onthefly.runs.lineage import Lineage
@@ -23,6 +26,7 @@ router = APIRouter(prefix="/stores/{store}", tags=["runs"])
 
 _LOG = 256 << 10  # bytes of a log in one answer
 _COMPARING = 300.0  # seconds
+_SCANNING = 3600.0
 
 
 class ParentView(View):
@@ -74,6 +78,14 @@ class RunDetail(RunView):
     selection: SelectionView | None
     settings: dict[str, Any]
     problems: list[str] = Field(description="What of it cannot be read.")
+
+
+class ScanBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    ref: str = Field(max_length=1000, description="A run, for its newest checkpoint, or a checkpoint.")
+    data: Literal["train", "val", "test"] = "train"
+    embeddings: bool = False
 
 
 class AnnotationsBody(BaseModel):
@@ -311,5 +323,37 @@ async def compare(
     for run in (a, b):
         store.client.run(run)
     found = await children.ask(["diff"], [a, b], store.path, request, timeout=_COMPARING)
+    assert isinstance(found, dict)
+    return found
+
+
+@router.get("/compare/samples", response_class=Response, responses=BINARY)
+def compare_samples(
+    store: Here,
+    a: Annotated[str, Query(max_length=100)],
+    b: Annotated[str, Query(max_length=100)],
+    data: Literal["train", "val", "test"] = "train",
+) -> Response:
+    """What became of every sample between the newest scans of two runs: its losses, and 1 for learned, -1 for forgotten."""
+    found = store.client.sample_changes(a, b, data)
+    learned, forgotten = int(found.learned.sum()), int(found.forgotten.sum())
+    meta = {
+        "by": found.by,
+        "samples": len(found.before),
+        "learned": learned,
+        "forgotten": forgotten,
+        "unchanged": len(found.before) - learned - forgotten,
+    }
+    change = found.learned.astype(np.int8) - found.forgotten.astype(np.int8)
+    values = {"before": found.before, "after": found.after, "change": change}
+    return Response(columns.pack(values, meta), media_type=columns.MEDIA_TYPE)
+
+
+@router.post("/scan")
+async def scan(store: Here, children: ChildrenHere, request: Request, body: ScanBody) -> dict[str, Any]:
+    """Compute the loss of every sample under a checkpoint, in a process of its own: its run's command line is started again, and ends
+    before it trains. For runs that no session is on; a session is asked by the command scanSamples."""
+    options = ["scan", f"--data={body.data}", *(["--embeddings"] if body.embeddings else [])]
+    found = await children.ask(options, [body.ref], store.path, request, timeout=_SCANNING)
     assert isinstance(found, dict)
     return found
