@@ -517,6 +517,11 @@ class Client:
             **how,
         )
 
+    def merge_base(self, parents: Sequence[CheckpointRow]) -> CheckpointRow | None:
+        """The checkpoint that `merge` takes the differences of these from, by default: where the lines of their runs part. None when
+        they have none in common, or it is gone."""
+        return self._fork_point(parents, parents[0].run) if parents else None
+
     def subset(
         self, recipe: Recipe | str | None = None, *, selection: str | None = None, **how: Unpack[Delivery]
     ) -> Result:

@@ -281,6 +281,34 @@ def test_single_samples_of_two_runs_are_compared(training, hub):
     assert beside.status_code == 404
 
 
+def test_strategies_of_merging_are_told_with_their_options(hub):
+    found = {one["name"]: one for one in hub.http.get("/api/v1/merging/strategies").json()}
+    assert {"swa", "weighted", "ties", "slerp", "lora", "greedy"} <= found.keys()
+    assert found["ties"]["needs"] == ["base"]
+    assert found["slerp"]["options"] == [
+        {
+            "name": "t",
+            "kind": "number",
+            "default": 0.5,
+            "help": "0 is the first parent, 1 the second",
+            "low": 0,
+            "high": 1,
+            "open_low": False,
+        }
+    ]
+
+
+def test_what_parents_come_from_is_found(training, hub):
+    first = hub.give(training.session, "saveCheckpoint")["result"]
+    fork = hub.give(training.session, "forkRun", values={"lr": 0.01})["result"]
+    hub.give(training.session, "saveCheckpoint")
+    rows = hub.get("/checkpoints")
+    parents = [next(row["id"] for row in rows if row["hash"] == first["hash"]), rows[-1]["id"]]
+    assert rows[-1]["run"] == fork["run"]
+    assert hub.get("/merging/base", params={"parent": parents})["hash"] == first["hash"]
+    assert hub.http.get(f"{hub.at}/merging/base", params={"parent": [10**9]}).status_code == 404
+
+
 def test_a_log_is_read_from_a_byte_on(own_store, play, start_hub):
     play()
     (own_store / "logs").mkdir()

@@ -74,7 +74,7 @@ class Stage:
     def _start(self, words, **how):
         return subprocess.Popen(words, env=self.environment, stderr=subprocess.DEVNULL, text=True, **how)
 
-    def wait(self, condition, seconds=40):
+    def wait(self, condition, seconds=120):
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if (found := condition()) is not None and found is not False:

@@ -1,3 +1,4 @@
+import { misfit, readOption, sharedOptions } from '../src/lib/merging'
 import { describe, expect, it } from 'vitest'
 import { numbers, unpack } from '../src/lib/columns'
 import { bytes, duration, number } from '../src/lib/format'
@@ -215,5 +216,49 @@ describe('the graph', () => {
     const began = performance.now()
     expect(place(many, links).nodes).toHaveLength(200)
     expect(performance.now() - began).toBeLessThan(5000)
+  })
+})
+
+describe('options of merging', () => {
+  const option = (more: object) => ({
+    name: 'density',
+    kind: 'number' as const,
+    default: 0.2,
+    help: '',
+    low: 0,
+    high: 1,
+    open_low: true,
+    ...more,
+  })
+
+  it('what was typed is read within its bounds', () => {
+    expect(readOption(option({}), '')).toBeNull()
+    expect(readOption(option({}), ' 0.5 ')).toEqual({ value: 0.5 })
+    expect(readOption(option({}), '0')).toEqual({ problem: 'above 0' })
+    expect(readOption(option({}), '1.01')).toEqual({ problem: 'at most 1' })
+    expect(readOption(option({}), 'much')).toEqual({ problem: 'a number' })
+    expect(readOption(option({ kind: 'whole number', low: null, high: null }), '1.5')).toEqual({
+      problem: 'a whole number',
+    })
+    expect(readOption(option({ kind: 'numbers', high: null }), '1, 2')).toEqual({ value: [1, 2] })
+    expect(readOption(option({ kind: 'yes or no', low: null, high: null }), 'no')).toEqual({ value: false })
+  })
+
+  it('an option that several strategies have is one field, which says the default of each', () => {
+    const strategy = (name: string, usual: number) => ({
+      name,
+      summary: '',
+      needs: ['base'],
+      options: [option({ name: 'scale', default: usual })],
+      takes_weights: true,
+      parents: null,
+    })
+    const found = sharedOptions([strategy('dare', 0.3), strategy('ties', 1)])
+    expect(found.map(({ name, of, usual }) => [name, of, usual])).toEqual([
+      ['scale', ['dare', 'ties'], 'dare 0.3; ties 1'],
+    ])
+    expect(misfit(strategy('ties', 1), 2, false, false)).toContain('base')
+    expect(misfit(strategy('ties', 1), 2, false, true)).toBeNull()
+    expect(misfit({ ...strategy('slerp', 1), needs: [], parents: 2 }, 3, false, true)).toBe('merges 2 parents')
   })
 })
