@@ -18,6 +18,7 @@ from onthefly.hub.api.metrics import BINARY
 from onthefly.hub.stores import OpenStore
 from onthefly.runs import manifest as manifests
 from onthefly.runs.lineage import Lineage
+from onthefly.runs.manifest import Manifest
 from onthefly.store import charts, notes, queries
 from onthefly.store.notes import Annotations
 from onthefly.store.queries import RunRow
@@ -119,23 +120,37 @@ class ValuesView(View):
     step: int
 
 
+class SubsetView(View):
+    """Samples that a run was begun on: `count` of `length`, and the recipe that chose them."""
+
+    count: int
+    length: int
+    recipe: dict[str, Any]
+
+
 class NodeView(View):
+    """A run. `subset` is what it was begun on, null for all samples; `generation` counts its resets."""
+
     id: str
     kind: str
     status: str
     step: int
     created: float
     archived: float | None
+    generation: int
+    subset: SubsetView | None
 
 
 class EdgeView(View):
-    """From a parent to a run that goes on from it, at a step if that is known."""
+    """From a parent to a run that goes on from it, at a step if that is known, with what was changed there, and how it was merged."""
 
     from_: str = Field(serialization_alias="from")
     to: str
     kind: str
     hash: str
     step: int | None
+    changes: dict[str, Any]
+    strategy: str | None
 
 
 class GraphView(View):
@@ -289,22 +304,50 @@ def get_values(store: Here, run: RunName) -> ValuesView:
     return ValuesView(values=values, checkpoint=rows[-1].hash, step=rows[-1].step)
 
 
+def _subset(manifest: Manifest | None) -> SubsetView | None:
+    found = None if manifest is None else manifest.selection
+    if found is None:
+        return None
+    return SubsetView(count=found["count"], length=found["length"], recipe=dict(found["recipe"]))
+
+
 @router.get("/graph")
 def get_graph(store: Here) -> GraphView:
     """Every run, and which comes from which. How it is laid out is the page's business."""
     rows = store.client.runs()
     steps = {row.hash: row.step for row in store.client.checkpoints(evicted=True)}
     views = run_views(store, rows)
+    begun = {row.name: store.manifest(row) for row in rows}
     nodes = [
-        NodeView(id=v.name, kind=v.kind, status=v.status, step=v.step, created=v.created, archived=v.archived)
+        NodeView(
+            id=v.name,
+            kind=v.kind,
+            status=v.status,
+            step=v.step,
+            created=v.created,
+            archived=v.archived,
+            generation=v.generation,
+            subset=_subset(begun[v.name]),
+        )
         for v in views
     ]
     known = {row.name for row in rows}
     edges = []
     for row in rows:
         based = int(row.base["step"]) if row.base is not None and len(row.parents) == 1 else None
+        manifest = begun[row.name]
+        changes = {} if manifest is None else {k: v for k, v in manifest.changes.items() if k != "selection"}
+        merge = None if manifest is None else manifest.merge
         edges += [
-            EdgeView(from_=parent, to=row.name, kind=row.kind, hash=hash, step=steps.get(hash, based))
+            EdgeView(
+                from_=parent,
+                to=row.name,
+                kind=row.kind,
+                hash=hash,
+                step=steps.get(hash, based),
+                changes=changes,
+                strategy=None if merge is None else str(merge.get("strategy")),
+            )
             for parent, hash in row.parents
             if parent in known
         ]

@@ -2,7 +2,7 @@ import { misfit, readOption, sharedOptions } from '../src/lib/merging'
 import { describe, expect, it } from 'vitest'
 import { numbers, unpack } from '../src/lib/columns'
 import { bytes, duration, number } from '../src/lib/format'
-import { descendants, place, visible } from '../src/lib/layout'
+import { descendants, folded, place, visible } from '../src/lib/layout'
 import { epochAt, markOf, marksOf } from '../src/lib/marks'
 import { fuzzy, glob, histogram, inside, nearest, smooth, ticks, typed, yRange } from '../src/lib/maths'
 import type { Event, GraphEdge, GraphNode } from '../src/lib/types'
@@ -192,8 +192,25 @@ describe('marks', () => {
 })
 
 describe('the graph', () => {
-  const node = (id: string): GraphNode => ({ id, kind: 'fork', status: 'left', step: 1, created: 0, archived: null })
-  const edge = (from: string, to: string): GraphEdge => ({ from, to, kind: 'fork', hash: '', step: 1 })
+  const node = (id: string): GraphNode => ({
+    id,
+    kind: 'fork',
+    status: 'left',
+    step: 1,
+    created: 0,
+    archived: null,
+    generation: 0,
+    subset: null,
+  })
+  const edge = (from: string, to: string): GraphEdge => ({
+    from,
+    to,
+    kind: 'fork',
+    hash: '',
+    step: 1,
+    changes: {},
+    strategy: null,
+  })
   const nodes = ['a', 'b', 'c', 'm'].map(node)
   const edges = [edge('a', 'b'), edge('a', 'c'), edge('b', 'm'), edge('c', 'm')]
 
@@ -215,6 +232,10 @@ describe('the graph', () => {
     const links = many.slice(1).map((one, i) => edge(`r${Math.floor(i / 3)}`, one.id))
     const began = performance.now()
     expect(place(many, links).nodes).toHaveLength(200)
+    const shown = visible(many, links, folded(many, links, 50))
+    expect(shown.size).toBeGreaterThan(0)
+    expect(shown.size).toBeLessThanOrEqual(50)
+    expect(folded(many, links, 200).size).toBe(0)
     expect(performance.now() - began).toBeLessThan(5000)
   })
 })
