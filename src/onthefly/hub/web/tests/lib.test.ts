@@ -4,7 +4,7 @@ import { numbers, unpack } from '../src/lib/columns'
 import { bytes, duration, number } from '../src/lib/format'
 import { descendants, folded, place, visible } from '../src/lib/layout'
 import { epochAt, markOf, marksOf } from '../src/lib/marks'
-import { fuzzy, glob, histogram, inside, nearest, smooth, ticks, typed, yRange } from '../src/lib/maths'
+import { condition, fuzzy, glob, histogram, inside, nearest, smooth, ticks, typed, yRange } from '../src/lib/maths'
 import type { Event, GraphEdge, GraphNode } from '../src/lib/types'
 
 function packed(columns: Record<string, Float64Array | Int32Array | string[]>, meta: unknown): ArrayBuffer {
@@ -237,6 +237,16 @@ describe('the graph', () => {
     expect(shown.size).toBeLessThanOrEqual(50)
     expect(folded(many, links, 200).size).toBe(0)
     expect(performance.now() - began).toBeLessThan(5000)
+  })
+})
+
+describe('a condition', () => {
+  it('compares numbers, and tells texts that are equal', () => {
+    const run: Record<string, unknown> = { lr: 0.004, kind: 'fork' }
+    const holds = (text: string) => condition(text)!((name) => run[name])
+    expect(['lr<0.01', 'lr>=0.004', 'lr=0.004', 'kind=fork'].map(holds)).toEqual([true, true, true, true])
+    expect(['lr>0.01', 'kind=root', 'kind<3', 'unknown<3'].map(holds)).toEqual([false, false, false, false])
+    expect(condition('fork*')).toBeNull()
   })
 })
 
