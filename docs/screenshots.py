@@ -142,17 +142,22 @@ PREPARED: dict[str, Callable[[Any], None]] = {"runs": in_graph, "merge": merged}
 
 
 def small(picture: bytes) -> bytes:
-    """A PNG with a palette of no more colours than fit `LARGEST`; as it is where Pillow is not installed."""
+    """A PNG that fits `LARGEST`: as it is if it does, or else with a palette, of as many colours as fit; where Pillow is not installed, as
+    it is."""
     try:
         from PIL import Image
     except ImportError:
         return picture
     image = Image.open(io.BytesIO(picture)).convert("RGB")
-    for colours in (256, 128, 64, 32):
-        buffer = io.BytesIO()
-        image.quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    for colours in (256, 128, 64):
         if buffer.tell() <= LARGEST:
             break
+        buffer = io.BytesIO()
+        # Few pixels have the colour of a run, and it must stay: the palette covers what colours there are, not what is frequent.
+        reduced = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        reduced.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
