@@ -211,6 +211,26 @@ def test_samples_are_scanned_brushed_and_forked_on(open_page):
     expect(status(page)).to_contain_text("worst")
 
 
+def test_single_samples_of_two_runs_are_compared(open_page):
+    page = open_page("runs")
+    page.get_by_role("button", name="Table").click()
+    table = page.get_by_role("region", name="Table of runs")
+    page.get_by_label("Filter runs").fill("samples=200")
+    expect(table.locator("tbody tr")).to_have_count(1)
+    table.get_by_label("Mark worst").check()
+    page.get_by_label("Filter runs").fill("")
+    table.get_by_label("Mark rewind1").check()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    dialog = page.get_by_role("dialog", name="Compare 2 runs")
+
+    dialog.get_by_role("button", name="Scan worst").click()
+
+    expect(dialog.get_by_label("Single samples")).to_contain_text("unchanged")
+    dialog.get_by_role("button", name="higher loss").click()
+    dialog.get_by_role("button", name="Fork on these").click()
+    expect(page.get_by_role("dialog", name="Fork this run")).to_contain_text("samples that you have selected")
+
+
 def test_runs_are_merged_after_a_preview_and_the_merge_is_taken_back(open_page):
     page = open_page("merge")
     parents = page.get_by_role("complementary", name="What is merged")
