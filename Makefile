@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-web test-long lint bench results clean web
+.PHONY: demo test test-all test-web test-long lint bench results clean web screenshots
 
 WEB := src/onthefly/hub/web
 
@@ -58,6 +58,10 @@ bench: .venv/stamp
 	@failed=0; for name in start_up log_call step_overhead pause_latency checkpoint sample_selectors dynamics scan fork fisher merge \
 		reports hub; do \
 		$(BIN)/python benchmarks/$$name.py || failed=1; done; exit $$failed
+
+# The README's pictures of the dashboard. They need a Chromium.
+screenshots: .venv/stamp web
+	$(BIN)/python docs/screenshots.py
 
 # What docs/results/ reports, measured again: real data, 10 seeds. Figures go to results/.
 results: .venv/stamp

@@ -2,7 +2,8 @@
 
 The store is the only bus, so a door cannot tell it from a training process. It loads no torch. It says `ready ID` when it
 can be commanded. Options are words: `run=NAME`, `steps=N` (then it ends, finished), `deaf` (never answers),
-`dies=KIND` (is killed when it gets that command), `metric=NAME` (what it logs), `notebook` (has no command line).
+`dies=KIND` (is killed when it gets that command), `metric=NAME` (what it logs), `notebook` (has no command line), `says=TEXT` (fails
+every test with these words).
 """
 
 import json
@@ -92,6 +93,8 @@ class Player:
             changed = [{"name": name, "before": 1.0, "after": value} for name, value in arguments["values"].items()]
             self.event("command", kind="set", arguments=arguments, changed=changed)
             return {"changed": changed}
+        if kind == "testRun" and "says" in self.options:
+            raise KeyError(self.options["says"])
         if kind == "testRun":
             return {"loss": 0.25, "samples": {"val": 10}[arguments["data"]], "seconds": 0.5}
         return {"stopped": True} if kind == "stop" else {"generation": 1}

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from onthefly.repairs import Repair
     from onthefly.run_comparison import RunDiff
     from onthefly.sample_values import Scanned
+    from onthefly.samples.changes import Changes
     from onthefly.samples.recipes import Recipe
     from onthefly.samples.selection import Selection
     from onthefly.samples.table import SampleTable
@@ -516,6 +517,11 @@ class Client:
             **how,
         )
 
+    def merge_base(self, parents: Sequence[CheckpointRow]) -> CheckpointRow | None:
+        """The checkpoint that `merge` takes the differences of these from, by default: where the lines of their runs part. None when
+        they have none in common, or it is gone."""
+        return self._fork_point(parents, parents[0].run) if parents else None
+
     def subset(
         self, recipe: Recipe | str | None = None, *, selection: str | None = None, **how: Unpack[Delivery]
     ) -> Result:
@@ -723,6 +729,17 @@ class Client:
         from onthefly import run_comparison
 
         return run_comparison.compare(self, self.run(a), self.run(b))
+
+    def sample_changes(self, a: str, b: str, data: str = "train") -> Changes:
+        """Which samples the run `b` has learned or forgotten, seen from `a`: by the newest scan of `data` of each. Loads no torch.
+
+        Raises `UnknownReferenceError` when one of them was not scanned, or they are of data sets of different lengths.
+        """
+        from onthefly import sample_values
+        from onthefly.samples.changes import changes
+
+        before, after = (sample_values.of(self.store, self.run(run).name, data=data) for run in (a, b))
+        return changes(before.columns, after.columns)
 
     def heads(self) -> dict[str, tuple[int, int]]:
         """For every run, the last step and epoch that is recorded of it."""

@@ -11,6 +11,7 @@ import numpy as np
 from onthefly import comparison, sample_values
 from onthefly.errors import UnknownReferenceError
 from onthefly.runs.lineage import Lineage
+from onthefly.samples.changes import changes
 from onthefly.samples.table import Columns
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from onthefly.store.queries import RunRow
 
 _LISTED = 50  # samples of one kind that are named
-_CHANGED = 0.5  # of the loss before, where it is not known which samples are right
 
 
 @dataclass(frozen=True)
@@ -85,24 +85,17 @@ def compare(client: Client, a: RunRow, b: RunRow) -> RunDiff:
 
 def sample_diff(a: Columns, b: Columns) -> SampleDiff:
     """What changed between two scans of one data set of N samples. Raises `UnknownReferenceError` for different lengths."""
-    before, after = a["loss"].astype(np.float64), b["loss"].astype(np.float64)
-    if len(before) != len(after):
-        raise UnknownReferenceError(f"the scans are of data sets of {len(before)} and {len(after)} samples")
-    if "correct" in a and "correct" in b:
-        by, learned, forgotten = "correct", ~a["correct"] & b["correct"], a["correct"] & ~b["correct"]
-    else:
-        by = "loss"
-        learned, forgotten = after < before * _CHANGED, before < after * _CHANGED
-    moved = np.nan_to_num(np.abs(after - before))
+    found = changes(a, b)
+    moved = found.moved()
     return SampleDiff(
-        by=by,
-        samples=len(before),
-        learned_count=int(learned.sum()),
-        forgotten_count=int(forgotten.sum()),
-        learned=_most(learned, moved),
-        forgotten=_most(forgotten, moved),
-        loss_a=float(np.nanmean(before)),
-        loss_b=float(np.nanmean(after)),
+        by=found.by,
+        samples=len(moved),
+        learned_count=int(found.learned.sum()),
+        forgotten_count=int(found.forgotten.sum()),
+        learned=_most(found.learned, moved),
+        forgotten=_most(found.forgotten, moved),
+        loss_a=float(np.nanmean(found.before)),
+        loss_b=float(np.nanmean(found.after)),
     )
 
 

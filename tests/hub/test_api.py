@@ -71,8 +71,9 @@ def test_wrong_arguments_never_reach_the_session(training, hub, kind, body):
     assert (answer.status_code, answer.json()["error"]["type"]) == (422, "InvalidCommandError")
 
 
-def test_there_is_no_path_that_writes_a_file_of_any_name(training, hub):
-    answer = hub.http.post(f"{hub.at}/sessions/{training.session}/commands/exportSubset", json={"path": "/tmp/x.csv"})
+@pytest.mark.parametrize("kind", ["exportSubset", "adoptScan"])
+def test_there_is_no_path_that_names_any_file(training, hub, kind):
+    answer = hub.http.post(f"{hub.at}/sessions/{training.session}/commands/{kind}", json={"path": "/tmp/x.csv"})
     assert answer.status_code in (404, 405)
 
 
@@ -302,6 +303,54 @@ def test_what_needs_torch_is_done_by_a_child(training, hub):
     assert hub.http.get(f"{hub.at}/compare", params={"a": names[0], "b": "--help"}).status_code == 404
     answer = hub.http.post(f"{hub.at}/verify", json={"ref": "--help"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (404, "UnknownReferenceError")
+
+
+def test_single_samples_of_two_runs_are_compared(training, hub):
+    hub.give(training.session, "scanSamples")
+    first = hub.get(f"/sessions/{training.session}")["run"]
+    second = hub.give(training.session, "forkRun", values={"lr": 0.5})["result"]["run"]
+    before, _ = hub.columns("GET", f"/scans/{hub.get('/scans')[-1]['id']}/columns?name=loss")
+    unknown = hub.http.get(f"{hub.at}/compare/samples", params={"a": first, "b": second})
+    assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "UnknownReferenceError")
+    hub.give(training.session, "testRun", save=False)  # some steps further on
+    hub.give(training.session, "scanSamples")
+
+    columns, meta = hub.columns("GET", "/compare/samples", params={"a": first, "b": second})
+
+    assert columns["before"].tolist() == before["loss"].tolist()
+    assert meta["samples"] == 64 == meta["learned"] + meta["forgotten"] + meta["unchanged"]
+    assert (columns["change"] == 1).sum() == meta["learned"]
+    assert (columns["change"] == -1).sum() == meta["forgotten"]
+    beside = hub.http.post(f"{hub.at}/scan", json={"ref": "--help"})
+    assert beside.status_code == 404
+
+
+def test_strategies_of_merging_are_told_with_their_options(hub):
+    found = {one["name"]: one for one in hub.http.get("/api/v1/merging/strategies").json()}
+    assert {"swa", "weighted", "ties", "slerp", "lora", "greedy"} <= found.keys()
+    assert found["ties"]["needs"] == ["base"]
+    assert found["slerp"]["options"] == [
+        {
+            "name": "t",
+            "kind": "number",
+            "default": 0.5,
+            "help": "0 is the first parent, 1 the second",
+            "low": 0,
+            "high": 1,
+            "open_low": False,
+        }
+    ]
+
+
+def test_what_parents_come_from_is_found(training, hub):
+    first = hub.give(training.session, "saveCheckpoint")["result"]
+    fork = hub.give(training.session, "forkRun", values={"lr": 0.01})["result"]
+    hub.give(training.session, "saveCheckpoint")
+    rows = hub.get("/checkpoints")
+    parents = [next(row["id"] for row in rows if row["hash"] == first["hash"]), rows[-1]["id"]]
+    assert rows[-1]["run"] == fork["run"]
+    assert hub.get("/merging/base", params={"parent": parents})["hash"] == first["hash"]
+    assert hub.http.get(f"{hub.at}/merging/base", params={"parent": [10**9]}).status_code == 404
 
 
 def test_a_log_is_read_from_a_byte_on(own_store, play, start_hub):

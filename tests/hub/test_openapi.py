@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
+from onthefly.control.commands import COMMANDS
+
 # They start children that load torch, stop the training that other tests use, or are streams.
-LEFT_OUT = r"/(verify|fsck|compare|commands/(stop|resetSession|switchRun))$"
+LEFT_OUT = r"/(verify|fsck|compare|scan|commands/(stop|resetSession|switchRun))$"
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +55,5 @@ def test_every_command_has_a_path_with_its_own_fields(document):
     (reference,) = [schema["$ref"]] if "$ref" in schema else [one["$ref"] for one in schema["allOf"]]
     fields = document["components"]["schemas"][reference.rpartition("/")[2]]["properties"]
     assert {"recipe", "selection", "values", "beside"} <= fields.keys()
+    kinds = {path.rpartition("/")[2] for path in document["paths"] if "/commands/" in path}
+    assert {command.kind for command in COMMANDS} - kinds == {"exportSubset", "adoptScan"}

@@ -52,9 +52,9 @@ def ended(process):
 
 
 class Stage:
-    """A store with a real training and a hub."""
+    """A store with a real training, if it is to have one, and a hub."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *, trains=True):
         self.store = folder / "store"
         self.environment = {**os.environ, "ONTHEFLY_STORE": str(self.store)}
         words = [
@@ -67,14 +67,14 @@ class Stage:
             "--workers",
             "0",
         ]
-        self.trainer = self._start(words)
+        self.trainer = self._start(words) if trains else None
         self.hub = None
         self.others = []
 
     def _start(self, words, **how):
         return subprocess.Popen(words, env=self.environment, stderr=subprocess.DEVNULL, text=True, **how)
 
-    def wait(self, condition, seconds=40):
+    def wait(self, condition, seconds=120):
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if (found := condition()) is not None and found is not False:
@@ -100,6 +100,7 @@ class Stage:
         player = self._start([sys.executable, str(PLAYER), *options], stdout=subprocess.PIPE)
         self.others.append(player)
         assert player.stdout.readline().startswith("ready")
+        return player
 
     def stop_others(self):
         while self.others:
@@ -125,6 +126,18 @@ def stage(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def played(tmp_path_factory):
+    """A store whose session is played (`tests/player.py`), with a hub of its own: for what needs no training."""
+    made = Stage(tmp_path_factory.mktemp("played"), trains=False)
+    try:
+        made.start_player("run=played")
+        made.start_hub()
+        yield made
+    finally:
+        made.end()
+
+
+@pytest.fixture(scope="session")
 def browser():
     from playwright.sync_api import expect, sync_playwright
 
@@ -142,11 +155,13 @@ def is_complaint(said):
 
 
 @pytest.fixture
-def open_page(stage, browser):
-    """Opens the dashboard in a profile of its own. After the test nothing may have been written to the console."""
+def open_page(request, browser):
+    """Opens the dashboard (of the training's store, or `on` another stage) in a profile of its own. After the test nothing may have been
+    written to the console."""
     opened, complaints = [], []
 
-    def start(page="overview", *, width=1440, height=900, offline=False, **how):
+    def start(page="overview", *, width=1440, height=900, offline=False, on=None, **how):
+        on = on or request.getfixturevalue("stage")
         context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True, **how)
         made = context.new_page()
         made.set_default_timeout(PATIENCE)
@@ -157,8 +172,8 @@ def open_page(stage, browser):
                 lambda said: complaints.append(f"{said.text} {said.location}") if is_complaint(said) else None,
             )
         made.on("pageerror", lambda error: complaints.append(str(error)))
-        made.goto(stage.url)
-        made.goto(stage.url.partition("?")[0] + f"#/{page}")
+        made.goto(on.url)
+        made.goto(on.url.partition("?")[0] + f"#/{page}")
         made.locator("nav a[aria-current=page]").wait_for()
         opened.append(context)
         return made

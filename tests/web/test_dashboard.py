@@ -211,21 +211,52 @@ def test_samples_are_scanned_brushed_and_forked_on(open_page):
     expect(status(page)).to_contain_text("worst")
 
 
-def test_runs_are_merged_after_a_preview(open_page):
+def test_single_samples_of_two_runs_are_compared(open_page):
+    page = open_page("runs")
+    page.get_by_role("button", name="Table").click()
+    table = page.get_by_role("region", name="Table of runs")
+    page.get_by_label("Filter runs").fill("samples=200")
+    expect(table.locator("tbody tr")).to_have_count(1)
+    table.get_by_label("Mark worst").check()
+    page.get_by_label("Filter runs").fill("")
+    table.get_by_label("Mark rewind1").check()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    dialog = page.get_by_role("dialog", name="Compare 2 runs")
+
+    dialog.get_by_role("button", name="Scan worst").click()
+
+    expect(dialog.get_by_label("Single samples")).to_contain_text("unchanged")
+    dialog.get_by_role("button", name="higher loss").click()
+    dialog.get_by_role("button", name="Fork on these").click()
+    expect(page.get_by_role("dialog", name="Fork this run")).to_contain_text("samples that you have selected")
+
+
+def test_runs_are_merged_after_a_preview_and_the_merge_is_taken_back(open_page):
     page = open_page("merge")
     parents = page.get_by_role("complementary", name="What is merged")
-    for run in ("digits", "warm"):
-        parents.get_by_role("listitem").filter(has_text=run).get_by_role("checkbox").check()
-    parents.get_by_role("checkbox", name=re.compile("^swa")).check()
-    parents.get_by_role("button", name="Preview").click()
-    expect(page.get_by_role("button", name="Commit swa")).to_be_visible(timeout=40_000)
+    page.locator("[data-run=digits]").click()  # in the graph, or in the list
+    parents.get_by_role("listitem").filter(has_text="warm").get_by_role("checkbox").check()
+    preview = parents.get_by_role("button", name="Preview")
+    parents.get_by_role("checkbox", name=re.compile("^weighted")).check()
+    parents.get_by_role("checkbox", name=re.compile("^ties")).check()
+    parents.get_by_label("Weight of warm", exact=True).fill("0.25")
+    density = parents.get_by_label(re.compile("^density"))
+    density.fill("1.5")
+    expect(parents).to_contain_text("density is at most 1")
+    expect(preview).to_be_disabled()
+    density.fill("0.6")
+    preview.click()
+    expect(page.get_by_role("button", name="Commit weighted")).to_be_visible(timeout=40_000)
+    expect(page.get_by_role("button", name="Commit ties")).to_be_visible()
     expect(page.get_by_role("row", name=re.compile("^val "))).to_contain_text("%")
 
     page.get_by_label("commit nothing that is worse than the best parent").uncheck()
-    page.get_by_role("button", name="Commit swa").click()
+    page.get_by_role("button", name="Commit weighted").click()
 
     expect(status(page)).to_contain_text("merge1", timeout=40_000)
     expect(page.locator("[data-run=merge1]")).to_be_visible()
+    page.get_by_role("button", name="Undo the merge").click()
+    expect(status(page)).not_to_contain_text("merge1")
 
 
 def test_checkpoints_are_pinned_verified_and_fetched(open_page):

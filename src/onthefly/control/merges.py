@@ -37,7 +37,7 @@ from onthefly.errors import (
     UnknownReferenceError,
     said,
 )
-from onthefly.merging import optimizers
+from onthefly.merging import catalogue, optimizers
 from onthefly.merging.bench import Bench, Tensors
 from onthefly.merging.explain import compare, linear_path
 from onthefly.merging.measured import measured
@@ -57,7 +57,7 @@ from onthefly.store.projection import project
 
 Result = dict[str, Any]
 
-GREEDY = "greedy"
+GREEDY = catalogue.GREEDY.name
 NOW = "now"
 _SUBSET = "'s samples"  # ends the name of the slice of a parent's own samples
 _CLASS = "class "

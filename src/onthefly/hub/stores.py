@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onthefly.client import Client
-from onthefly.errors import UnknownReferenceError
+from onthefly.errors import StoreError, UnknownReferenceError
 from onthefly.hub.charts import Charts
+from onthefly.runs import manifest as manifests
 from onthefly.samples.table import SampleTable
 from onthefly.store import queries
 from onthefly.store.store import DATABASE
 
 if TYPE_CHECKING:
-    from onthefly.store.queries import ScanRow, SessionRow
+    from onthefly.runs.manifest import Manifest
+    from onthefly.store.queries import RunRow, ScanRow, SessionRow
 
 _TABLES = 4  # scans that are kept in memory
 _RECOVERY = 1.0  # seconds between two looks for sessions that have died
@@ -46,9 +48,10 @@ class OpenStore:
         self.id = store_id(client.store.root)
         self.charts = Charts(client)
         self._tables: OrderedDict[str, SampleTable] = OrderedDict()
+        self._manifests: dict[str, Manifest] = {}
         self._paces: dict[int, tuple[int, Pace]] = {}
         self._recovered = time.monotonic()
-        self._lock = threading.Lock()  # guards the three above
+        self._lock = threading.Lock()  # guards the four above
 
     def close(self) -> None:
         self.client.close()
@@ -73,6 +76,22 @@ class OpenStore:
             while len(self._tables) > _TABLES:
                 self._tables.popitem(last=False)
         return table
+
+    def manifest(self, row: RunRow) -> Manifest | None:
+        """What a run began with; None for one that has no manifest, or an unreadable one, which `onthefly fsck` tells of. It is named by
+        the hash of its content, so it is read once."""
+        if row.manifest is None:
+            return None
+        with self._lock:
+            if row.manifest in self._manifests:
+                return self._manifests[row.manifest]
+        try:
+            found = manifests.read(self.client.store.manifests_dir / f"{row.manifest[:16]}.json")
+        except StoreError:
+            return None
+        with self._lock:
+            self._manifests[row.manifest] = found
+        return found
 
     def pace(self, row: SessionRow, generation: int) -> Pace:
         """How fast a live session is. It is measured again when the session has gone on."""

@@ -1,8 +1,8 @@
 """Merging: several models of one form become one.
 
-`strategies` are pure functions of tensors and `registry` names them; `parents` opens what is merged; `plan` checks all of it
-before anything is computed; `streaming` writes a merge to a file in bounded memory, `in_memory` makes state dicts. The
-functions named here take models or state dicts, leave them as they are, and give a new state dict.
+`strategies` are pure functions of tensors, `catalogue` has them in words and `registry` binds the two; `parents` opens what is
+merged; `plan` checks all of it before anything is computed; `streaming` writes a merge to a file in bounded memory, `in_memory`
+makes state dicts. The functions named here take models or state dicts, leave them as they are, and give a new state dict.
 
 It may import `checkpoints`, `state` and `errors`. It never touches the store nor the session, never executes anything that it
 reads, and never changes a parent.

@@ -5,7 +5,7 @@ fused operation, which rounds once where there is such an instruction and twice 
 sums in an order that depends on threads and processor. So what is elementwise gives equal bits on every machine, however it
 is sliced. (`regmean` and `lora` go through LAPACK, `slerp` through the C library's sine: equal bits on one machine.)
 
-A new strategy is a function here and a line in `registry`.
+A new strategy is a function here, a line in `registry`, and its words in `catalogue`.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class LoadBody(BaseModel):
     name: str | None = Field(None, max_length=100)
 
 
-def _views(store: OpenStore, rows: list[CheckpointRow]) -> list[CheckpointView]:
+def checkpoint_views(store: OpenStore, rows: list[CheckpointRow]) -> list[CheckpointView]:
     kept = store.client.kept_because()
     found = []
     for row in rows:
@@ -80,7 +80,8 @@ def _views(store: OpenStore, rows: list[CheckpointRow]) -> list[CheckpointView]:
     return found
 
 
-def _row(store: OpenStore, id: int) -> CheckpointRow:
+def checkpoint_row(store: OpenStore, id: int) -> CheckpointRow:
+    """Raises `UnknownReferenceError`."""
     for row in store.client.checkpoints(evicted=True):
         if row.id == id:
             return row
@@ -88,7 +89,7 @@ def _row(store: OpenStore, id: int) -> CheckpointRow:
 
 
 def _file_of(store: OpenStore, id: int) -> CheckpointRow:
-    row = _row(store, id)
+    row = checkpoint_row(store, id)
     if row.evicted is not None or not row.path.is_file():
         raise CheckpointNotFoundError(f"checkpoint {id} ({row.path.name}) is gone: {row.evicted_reason or 'lost'}")
     return row
@@ -100,13 +101,13 @@ def get_checkpoints(
 ) -> list[CheckpointView]:
     """Checkpoints of a run, or of all, oldest first; `evicted` ones are gone but for their rows."""
     name = store.client.run(run).name if run is not None else None
-    return _views(store, store.client.checkpoints(name, evicted=evicted))
+    return checkpoint_views(store, store.client.checkpoints(name, evicted=evicted))
 
 
 @router.get("/{checkpoint}")
 def get_checkpoint(store: Here, checkpoint: Id) -> CheckpointView:
     """One checkpoint."""
-    (view,) = _views(store, [_row(store, checkpoint)])
+    (view,) = checkpoint_views(store, [checkpoint_row(store, checkpoint)])
     return view
 
 

@@ -23,7 +23,7 @@ from onthefly.store.queries import CommandRow
 router = APIRouter(prefix="/stores/{store}", tags=["commands"])
 
 _POLL = 0.02  # seconds between two looks for an answer
-_NOT_HERE = {commands.ExportSubset.kind}
+_NOT_HERE = {commands.ExportSubset.kind, commands.AdoptScan.kind}  # they name files that are no checkpoints
 _IN_LIST = {commands.PinCheckpoint.kind, commands.RemoveCheckpoint.kind, commands.LoadCheckpoint.kind}
 
 Wait = Annotated[float, Query(ge=0, le=30, description="Seconds to wait for the answer.")]

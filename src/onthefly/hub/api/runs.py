@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, Field
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
 
 from onthefly.errors import OnTheFlyError, StoreError, UnknownReferenceError, said
+from onthefly.hub import columns
 from onthefly.hub.api.common import ChildrenHere, Here, RunName, View
+from onthefly.hub.api.metrics import BINARY
 from onthefly.hub.stores import OpenStore
 from onthefly.runs import manifest as manifests
 from onthefly.runs.lineage import Lineage
+from onthefly.runs.manifest import Manifest
 from onthefly.store import charts, notes, queries
 from onthefly.store.notes import Annotations
 from onthefly.store.queries import RunRow
@@ -23,6 +27,7 @@ router = APIRouter(prefix="/stores/{store}", tags=["runs"])
 
 _LOG = 256 << 10  # bytes of a log in one answer
 _COMPARING = 300.0  # seconds
+_SCANNING = 3600.0
 
 
 class ParentView(View):
@@ -76,6 +81,14 @@ class RunDetail(RunView):
     problems: list[str] = Field(description="What of it cannot be read.")
 
 
+class ScanBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    ref: str = Field(max_length=1000, description="A run, for its newest checkpoint, or a checkpoint.")
+    data: Literal["train", "val", "test"] = "train"
+    embeddings: bool = False
+
+
 class AnnotationsBody(BaseModel):
     notes: str = Field("", max_length=65536)
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default_factory=list, max_length=32)
@@ -107,23 +120,37 @@ class ValuesView(View):
     step: int
 
 
+class SubsetView(View):
+    """Samples that a run was begun on: `count` of `length`, and the recipe that chose them."""
+
+    count: int
+    length: int
+    recipe: dict[str, Any]
+
+
 class NodeView(View):
+    """A run. `subset` is what it was begun on, null for all samples; `generation` counts its resets."""
+
     id: str
     kind: str
     status: str
     step: int
     created: float
     archived: float | None
+    generation: int
+    subset: SubsetView | None
 
 
 class EdgeView(View):
-    """From a parent to a run that goes on from it, at a step if that is known."""
+    """From a parent to a run that goes on from it, at a step if that is known, with what was changed there, and how it was merged."""
 
     from_: str = Field(serialization_alias="from")
     to: str
     kind: str
     hash: str
     step: int | None
+    changes: dict[str, Any]
+    strategy: str | None
 
 
 class GraphView(View):
@@ -277,22 +304,50 @@ def get_values(store: Here, run: RunName) -> ValuesView:
     return ValuesView(values=values, checkpoint=rows[-1].hash, step=rows[-1].step)
 
 
+def _subset(manifest: Manifest | None) -> SubsetView | None:
+    found = None if manifest is None else manifest.selection
+    if found is None:
+        return None
+    return SubsetView(count=found["count"], length=found["length"], recipe=dict(found["recipe"]))
+
+
 @router.get("/graph")
 def get_graph(store: Here) -> GraphView:
     """Every run, and which comes from which. How it is laid out is the page's business."""
     rows = store.client.runs()
     steps = {row.hash: row.step for row in store.client.checkpoints(evicted=True)}
     views = run_views(store, rows)
+    begun = {row.name: store.manifest(row) for row in rows}
     nodes = [
-        NodeView(id=v.name, kind=v.kind, status=v.status, step=v.step, created=v.created, archived=v.archived)
+        NodeView(
+            id=v.name,
+            kind=v.kind,
+            status=v.status,
+            step=v.step,
+            created=v.created,
+            archived=v.archived,
+            generation=v.generation,
+            subset=_subset(begun[v.name]),
+        )
         for v in views
     ]
     known = {row.name for row in rows}
     edges = []
     for row in rows:
         based = int(row.base["step"]) if row.base is not None and len(row.parents) == 1 else None
+        manifest = begun[row.name]
+        changes = {} if manifest is None else {k: v for k, v in manifest.changes.items() if k != "selection"}
+        merge = None if manifest is None else manifest.merge
         edges += [
-            EdgeView(from_=parent, to=row.name, kind=row.kind, hash=hash, step=steps.get(hash, based))
+            EdgeView(
+                from_=parent,
+                to=row.name,
+                kind=row.kind,
+                hash=hash,
+                step=steps.get(hash, based),
+                changes=changes,
+                strategy=None if merge is None else str(merge.get("strategy")),
+            )
             for parent, hash in row.parents
             if parent in known
         ]
@@ -311,5 +366,37 @@ async def compare(
     for run in (a, b):
         store.client.run(run)
     found = await children.ask(["diff"], [a, b], store.path, request, timeout=_COMPARING)
+    assert isinstance(found, dict)
+    return found
+
+
+@router.get("/compare/samples", response_class=Response, responses=BINARY)
+def compare_samples(
+    store: Here,
+    a: Annotated[str, Query(max_length=100)],
+    b: Annotated[str, Query(max_length=100)],
+    data: Literal["train", "val", "test"] = "train",
+) -> Response:
+    """What became of every sample between the newest scans of two runs: its losses, and 1 for learned, -1 for forgotten."""
+    found = store.client.sample_changes(a, b, data)
+    learned, forgotten = int(found.learned.sum()), int(found.forgotten.sum())
+    meta = {
+        "by": found.by,
+        "samples": len(found.before),
+        "learned": learned,
+        "forgotten": forgotten,
+        "unchanged": len(found.before) - learned - forgotten,
+    }
+    change = found.learned.astype(np.int8) - found.forgotten.astype(np.int8)
+    values = {"before": found.before, "after": found.after, "change": change}
+    return Response(columns.pack(values, meta), media_type=columns.MEDIA_TYPE)
+
+
+@router.post("/scan")
+async def scan(store: Here, children: ChildrenHere, request: Request, body: ScanBody) -> dict[str, Any]:
+    """Compute the loss of every sample under a checkpoint, in a process of its own: its run's command line is started again, and ends
+    before it trains. For runs that no session is on; a session is asked by the command scanSamples."""
+    options = ["scan", f"--data={body.data}", *(["--embeddings"] if body.embeddings else [])]
+    found = await children.ask(options, [body.ref], store.path, request, timeout=_SCANNING)
     assert isinstance(found, dict)
     return found

@@ -1,9 +1,10 @@
+import { misfit, readOption, sharedOptions } from '../src/lib/merging'
 import { describe, expect, it } from 'vitest'
 import { numbers, unpack } from '../src/lib/columns'
 import { bytes, duration, number } from '../src/lib/format'
-import { descendants, place, visible } from '../src/lib/layout'
+import { descendants, folded, place, visible } from '../src/lib/layout'
 import { epochAt, markOf, marksOf } from '../src/lib/marks'
-import { fuzzy, glob, nearest, smooth, ticks, typed, yRange } from '../src/lib/maths'
+import { condition, fuzzy, glob, nearest, smooth, ticks, typed, yRange } from '../src/lib/maths'
 import type { Event, GraphEdge, GraphNode } from '../src/lib/types'
 
 function packed(columns: Record<string, Float64Array | Int32Array | string[]>, meta: unknown): ArrayBuffer {
@@ -174,8 +175,25 @@ describe('marks', () => {
 })
 
 describe('the graph', () => {
-  const node = (id: string): GraphNode => ({ id, kind: 'fork', status: 'left', step: 1, created: 0, archived: null })
-  const edge = (from: string, to: string): GraphEdge => ({ from, to, kind: 'fork', hash: '', step: 1 })
+  const node = (id: string): GraphNode => ({
+    id,
+    kind: 'fork',
+    status: 'left',
+    step: 1,
+    created: 0,
+    archived: null,
+    generation: 0,
+    subset: null,
+  })
+  const edge = (from: string, to: string): GraphEdge => ({
+    from,
+    to,
+    kind: 'fork',
+    hash: '',
+    step: 1,
+    changes: {},
+    strategy: null,
+  })
   const nodes = ['a', 'b', 'c', 'm'].map(node)
   const edges = [edge('a', 'b'), edge('a', 'c'), edge('b', 'm'), edge('c', 'm')]
 
@@ -197,6 +215,64 @@ describe('the graph', () => {
     const links = many.slice(1).map((one, i) => edge(`r${Math.floor(i / 3)}`, one.id))
     const began = performance.now()
     expect(place(many, links).nodes).toHaveLength(200)
+    const shown = visible(many, links, folded(many, links, 50))
+    expect(shown.size).toBeGreaterThan(0)
+    expect(shown.size).toBeLessThanOrEqual(50)
+    expect(folded(many, links, 200).size).toBe(0)
     expect(performance.now() - began).toBeLessThan(5000)
+  })
+})
+
+describe('a condition', () => {
+  it('compares numbers, and tells texts that are equal', () => {
+    const run: Record<string, unknown> = { lr: 0.004, kind: 'fork' }
+    const holds = (text: string) => condition(text)!((name) => run[name])
+    expect(['lr<0.01', 'lr>=0.004', 'lr=0.004', 'kind=fork'].map(holds)).toEqual([true, true, true, true])
+    expect(['lr>0.01', 'kind=root', 'kind<3', 'unknown<3'].map(holds)).toEqual([false, false, false, false])
+    expect(condition('fork*')).toBeNull()
+  })
+})
+
+describe('options of merging', () => {
+  const option = (more: object) => ({
+    name: 'density',
+    kind: 'number' as const,
+    default: 0.2,
+    help: '',
+    low: 0,
+    high: 1,
+    open_low: true,
+    ...more,
+  })
+
+  it('what was typed is read within its bounds', () => {
+    expect(readOption(option({}), '')).toBeNull()
+    expect(readOption(option({}), ' 0.5 ')).toEqual({ value: 0.5 })
+    expect(readOption(option({}), '0')).toEqual({ problem: 'above 0' })
+    expect(readOption(option({}), '1.01')).toEqual({ problem: 'at most 1' })
+    expect(readOption(option({}), 'much')).toEqual({ problem: 'a number' })
+    expect(readOption(option({ kind: 'whole number', low: null, high: null }), '1.5')).toEqual({
+      problem: 'a whole number',
+    })
+    expect(readOption(option({ kind: 'numbers', high: null }), '1, 2')).toEqual({ value: [1, 2] })
+    expect(readOption(option({ kind: 'yes or no', low: null, high: null }), 'no')).toEqual({ value: false })
+  })
+
+  it('an option that several strategies have is one field, which says the default of each', () => {
+    const strategy = (name: string, usual: number) => ({
+      name,
+      summary: '',
+      needs: ['base'],
+      options: [option({ name: 'scale', default: usual })],
+      takes_weights: true,
+      parents: null,
+    })
+    const found = sharedOptions([strategy('dare', 0.3), strategy('ties', 1)])
+    expect(found.map(({ name, of, usual }) => [name, of, usual])).toEqual([
+      ['scale', ['dare', 'ties'], 'dare 0.3; ties 1'],
+    ])
+    expect(misfit(strategy('ties', 1), 2, false, false)).toContain('base')
+    expect(misfit(strategy('ties', 1), 2, false, true)).toBeNull()
+    expect(misfit({ ...strategy('slerp', 1), needs: [], parents: 2 }, 3, false, true)).toBe('merges 2 parents')
   })
 })

@@ -67,6 +67,12 @@ class App {
     return alive.at(-1) ?? sessions.at(-1) ?? null
   }
 
+  /** What a run is doing: as its session says, if one is on it. */
+  stateOf(run: string): string {
+    const session = live.sessions.find((one) => one.alive && one.run === run)
+    return session?.status ?? this.runs.find((one) => one.name === run)?.status ?? ''
+  }
+
   get storeView(): Store | undefined {
     return live.stores.find((store) => store.id === live.store)
   }

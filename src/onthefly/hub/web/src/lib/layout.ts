@@ -3,11 +3,11 @@
 import dagre from '@dagrejs/dagre'
 import type { GraphEdge, GraphNode } from './types'
 
-export const NODE = { width: 176, height: 46 }
+export const NODE = { width: 184, height: 60 }
 
 export interface Placed {
   nodes: { id: string; x: number; y: number }[]
-  edges: { from: string; to: string; path: string; label: [number, number] }[]
+  edges: { from: string; to: string; path: string; middle: [number, number]; end: [number, number] }[]
   width: number
   height: number
 }
@@ -30,6 +30,27 @@ export function visible(nodes: GraphNode[], edges: GraphEdge[], collapsed: Set<s
   return new Set(nodes.map((node) => node.id).filter((id) => isVisible(id)))
 }
 
+/** Which runs to fold, so that no more than `most` are seen: the oldest layers stay. None, where there are no more. */
+export function folded(nodes: GraphNode[], edges: GraphEdge[], most: number): Set<string> {
+  const found = new Set<string>()
+  if (nodes.length <= most) return found
+  const children = new Map<string, string[]>()
+  for (const edge of edges) children.set(edge.from, [...(children.get(edge.from) ?? []), edge.to])
+  const below = new Set(edges.map((edge) => edge.to))
+  let layer = nodes.map((node) => node.id).filter((id) => !below.has(id))
+  const seen = new Set(layer)
+  while (layer.length > 0) {
+    const next = [...new Set(layer.flatMap((id) => children.get(id) ?? []))].filter((id) => !seen.has(id))
+    if (seen.size + next.length > most) {
+      for (const id of seen) if (children.get(id)?.some((child) => !seen.has(child))) found.add(id)
+      return found
+    }
+    for (const id of next) seen.add(id)
+    layer = next
+  }
+  return found
+}
+
 /** How many runs come from a run, directly or not. */
 export function descendants(edges: GraphEdge[], id: string): Set<string> {
   const children = new Map<string, string[]>()
@@ -47,7 +68,7 @@ export function descendants(edges: GraphEdge[], id: string): Set<string> {
 
 export function place(nodes: GraphNode[], edges: GraphEdge[]): Placed {
   const graph = new dagre.graphlib.Graph({ multigraph: true })
-  graph.setGraph({ rankdir: 'LR', nodesep: 14, ranksep: 64, marginx: 20, marginy: 20 })
+  graph.setGraph({ rankdir: 'LR', nodesep: 16, ranksep: 104, marginx: 20, marginy: 20 })
   graph.setDefaultEdgeLabel(() => ({}))
   const there = new Set(nodes.map((node) => node.id))
   for (const node of nodes) graph.setNode(node.id, { ...NODE })
@@ -60,19 +81,29 @@ export function place(nodes: GraphNode[], edges: GraphEdge[]): Placed {
       const { x, y } = graph.node(id)
       return { id, x: x - NODE.width / 2, y: y - NODE.height / 2 }
     }),
-    edges: known.map((edge) => {
+    edges: known.map((edge, number) => {
       const a = graph.node(edge.from)
       const b = graph.node(edge.to)
-      const [x0, y0, x1, y1] = [a.x + NODE.width / 2, a.y, b.x - NODE.width / 2, b.y]
-      const bend = Math.max(24, (x1 - x0) / 2)
-      return {
-        from: edge.from,
-        to: edge.to,
-        path: `M${x0} ${y0}C${x0 + bend} ${y0} ${x1 - bend} ${y1} ${x1} ${y1}`,
-        label: [x1 - 12, y1 - 5],
-      }
+      const start = { x: a.x + NODE.width / 2, y: a.y }
+      const end = { x: b.x - NODE.width / 2, y: b.y }
+      // A long edge goes around the nodes on its way: where it passes their layers, dagre has left it a place.
+      const between = graph.edge(edge.from, edge.to, String(number)).points.slice(1, -1)
+      const way = [start, ...between.filter(({ x }: { x: number }) => x > start.x + 8 && x < end.x - 8), end]
+      const middle = way.length > 2 ? way[1] : { x: (start.x + end.x) / 2, y: (start.y + end.y) / 2 }
+      return { from: edge.from, to: edge.to, path: curve(way), middle: [middle.x, middle.y], end: [end.x, end.y] }
     }),
     width: size.width ?? 0,
     height: size.height ?? 0,
   }
+}
+
+/** Through these points, level at each of them. */
+function curve(way: { x: number; y: number }[]): string {
+  const parts = [`M${way[0].x} ${way[0].y}`]
+  for (let i = 1; i < way.length; i++) {
+    const [p, q] = [way[i - 1], way[i]]
+    const bend = Math.max(way.length === 2 ? 24 : 0, (q.x - p.x) / 2)
+    parts.push(`C${p.x + bend} ${p.y} ${q.x - bend} ${q.y} ${q.x} ${q.y}`)
+  }
+  return parts.join('')
 }

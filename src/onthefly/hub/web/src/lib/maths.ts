@@ -152,3 +152,16 @@ export function ticks(low: number, high: number, about = 5): number[] {
   for (let n = Math.ceil(low / step); n * step <= high + step * 1e-9; n++) found.push(+(n * step).toPrecision(12))
   return found
 }
+
+/** `lr<0.01`, `step>=100`, `kind=fork`: a name, a sign and a value, as a test of what has names; null for text of another form. */
+export function condition(text: string): ((value: (name: string) => unknown) => boolean) | null {
+  const found = /^([^<>=\s]+)(<=|>=|<|>|=)([^<>=\s]+)$/.exec(text.trim())
+  if (!found) return null
+  const [, name, sign, wanted] = found
+  const limit = Number(wanted)
+  return (value) => {
+    const own = value(name)
+    if (typeof own !== 'number' || !Number.isFinite(limit)) return sign === '=' && String(own) === wanted
+    return { '<': own < limit, '>': own > limit, '<=': own <= limit, '>=': own >= limit, '=': own === limit }[sign]!
+  }
+}

@@ -75,6 +75,10 @@ export interface GraphNode {
   step: number
   created: number
   archived: number | null
+  /** How many resets there were. */
+  generation: number
+  /** What it was begun on; null for all samples. */
+  subset: { count: number; length: number; recipe: unknown } | null
 }
 
 export interface GraphEdge {
@@ -83,6 +87,8 @@ export interface GraphEdge {
   kind: string
   hash: string
   step: number | null
+  changes: Record<string, unknown>
+  strategy: string | null
 }
 
 export interface Graph {
