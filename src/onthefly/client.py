@@ -11,6 +11,10 @@ in checkpoints.
 
 from __future__ import annotations
 
+import copy
+import getpass
+import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -95,12 +99,14 @@ class Status:
     unfinished: list[RunRow]
 
 
-def connect(store: str | Path | None = None) -> Client:
+def connect(store: str | Path | None = None, *, door: str = "python") -> Client:
     """A client of a store: that folder, or `ONTHEFLY_STORE`, or `.onthefly` in the working directory.
+
+    `door` is what the audit trail says of its commands.
 
     Raises `StoreError` when there is none, or when it cannot be used.
     """
-    return Client(Store.open(store))
+    return Client(Store.open(store), door=door)
 
 
 class Client:
@@ -109,8 +115,10 @@ class Client:
     Sessions whose process died are found and recorded as killed when a client opens a store.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, door: str = "python", asker: str | None = None) -> None:
         self.store = store
+        self.door = door
+        self.asker = asker if asker is not None else _user()
         store.recover(time.time())
 
     def __enter__(self) -> Client:
@@ -123,6 +131,12 @@ class Client:
 
     def close(self) -> None:
         self.store.close()
+
+    def through(self, door: str, asker: str) -> Client:
+        """This client of the same store, for somebody who comes through another door. Close only one of them."""
+        other = copy.copy(self)
+        other.door, other.asker = door, asker
+        return other
 
     # -- looking -----------------------------------------------------------------------------------------------
 
@@ -371,7 +385,9 @@ class Client:
         command = commands.build(kind, arguments)
         target = self.session(session)
         id = id or uuid.uuid4().hex
-        self.store.insert_command(target.id, id, kind, command.model_dump(), time.time())
+        self.store.insert_command(
+            target.id, id, kind, command.model_dump(), time.time(), door=self.door, asker=self.asker
+        )
         if not wait:
             return {"id": id, "status": "queued"}
         try:
@@ -941,6 +957,15 @@ class Client:
         if isinstance(found, Path):
             raise UnknownReferenceError(f"{found} is not a recorded checkpoint of {self.store.root}")
         return found
+
+
+def _user() -> str:
+    """Who runs this process, for the audit trail: `user@host`."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a container may have no name for its user
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}"
 
 
 def _recipe(recipe: Recipe | str | None) -> Recipe | None:

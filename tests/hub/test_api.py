@@ -37,6 +37,26 @@ def test_a_command_goes_round(training, hub):
     assert changed in hub.get(f"/commands?session={training.session}&status=done")
 
 
+def test_who_asked_and_through_which_door_is_kept(training, hub):
+    hub.give(training.session, "saveCheckpoint", pin=False)
+    with onthefly.connect(training.store) as client:
+        client.save()
+    page = {"Cookie": hub.cookie(), "Origin": hub.base}
+    path = f"{hub.at}/sessions/{training.session}/commands/set?wait=30"
+    assert hub.bare.post(path, json={"values": {"nonsense": 1}}, headers=page).json()["status"] == "failed"
+    words = [sys.executable, "-c", "from onthefly.cli import main; main()", "save", "--store", training.store]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+
+    trail = hub.get("/commands?limit=4")
+    assert [one["door"] for one in trail] == ["cli", "dashboard", "python", "api"]
+    assert [one["asker"] for one in trail][1::2] == ["127.0.0.1", "127.0.0.1"]
+    assert "@" in trail[0]["asker"]
+    assert {one["run"] for one in trail} == {hub.get(f"/sessions/{training.session}")["run"]}
+    assert [one["kind"] for one in hub.get("/commands?limit=1&door=dashboard&kind=set")] == ["set"]
+    older = hub.get(f"/commands?limit=1&before={trail[1]['number']}")
+    assert older == [trail[2]]
+
+
 def test_a_command_without_wait_is_queued_and_answered_later(training, hub, wait_until):
     path = f"{hub.at}/sessions/{training.session}/commands/testRun"
     answer = hub.http.post(path, params={"key": "once"}, json={"save": False})

@@ -134,6 +134,11 @@ class CommandRow:
     step: int | None
     epoch: int | None
     finished: float | None
+    door: str | None = None
+    """`cli`, `python`, `dashboard` or `api`; None where it was not recorded."""
+    asker: str | None = None
+    run: str | None = None
+    """The run that the session was on when it carried it out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
