@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from onthefly.health.findings import Report as HealthReport
     from onthefly.remerging import MergeProof
     from onthefly.repairs import Repair
+    from onthefly.reports import KeptReport
     from onthefly.run_comparison import RunDiff
     from onthefly.sample_values import Scanned
     from onthefly.samples.recipes import Recipe
@@ -631,6 +632,25 @@ class Client:
         from onthefly import reports
 
         return reports.report(self, kind, run, steps=steps, double_run=double_run, timeout=timeout)
+
+    def cancel_report(self, **how: Unpack[Delivery]) -> Result:
+        """End the report that is under way. It is answered with what was seen until then."""
+        return self.command("cancelReport", **how)
+
+    def recorded_report(self, kind: str = "health", run: str | None = None) -> HealthReport:
+        """What is recorded of a run, judged, whether or not a session is on it: nobody is asked, and nothing is executed.
+
+        Without `run` it is the newest of the store. Raises `InvalidCommandError` and `UnknownReferenceError`.
+        """
+        from onthefly import reports
+
+        return reports.recorded(self, kind, run)
+
+    def reports(self, run: str | None = None, kind: str | None = None, *, limit: int = 20) -> list[KeptReport]:
+        """Reports that sessions have made, the newest first, each with what the store had recorded of its run until then."""
+        from onthefly import reports
+
+        return reports.kept(self, queries.reports(self.store, run=run, kind=kind, limit=limit))
 
     # -- samples -----------------------------------------------------------------------------------------------
 

@@ -270,6 +270,28 @@ def command(store: Store, id: str) -> CommandRow | None:
     return CommandRow(**row) if row else None
 
 
+def reports(
+    store: Store,
+    *,
+    run: str | None = None,
+    kind: str | None = None,
+    before: int | None = None,
+    limit: int | None = None,
+) -> list[CommandRow]:
+    """Commands that were answered with a report, the newest first; `before` is the number of one."""
+    table = schema.command
+    wanted = select(table).where(table.c.kind == "report", table.c.status == "done", table.c.result.is_not(None))
+    if run is not None:
+        wanted = wanted.where(table.c.result["run"].as_string() == run)
+    if kind is not None:
+        wanted = wanted.where(table.c.result["kind"].as_string() == kind)
+    if before is not None:
+        wanted = wanted.where(table.c.number < before)
+    with store.read() as connection:
+        rows = connection.execute(wanted.order_by(table.c.number.desc()).limit(limit)).mappings()
+        return [CommandRow(**row) for row in rows]
+
+
 def metric_names(store: Store, run: str) -> list[str]:
     """The metrics that a run has points of."""
     name = schema.metric_chunk.c.name

@@ -326,6 +326,7 @@ class Store:
         for step in range(version, schema.SCHEMA_VERSION):
             for statement in schema.UPGRADES[step]:
                 connection.exec_driver_sql(statement)
+        schema.metadata.create_all(connection)  # whole tables that are new
         connection.exec_driver_sql(f"PRAGMA user_version={schema.SCHEMA_VERSION}")
 
     def _version(self, connection: Connection) -> int:

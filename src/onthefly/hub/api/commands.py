@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Query, Response
+from fastapi import APIRouter, Body, Path, Query, Response
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
@@ -162,6 +162,15 @@ for _command in commands.COMMANDS:
             summary=(_command.__doc__ or "").split("\n")[0],
             responses={202: {"model": CommandView, "description": "It is queued, and not answered yet."}},
         )
+
+
+@router.get("/schemas/{kind}")
+def get_schema(store: Here, kind: Annotated[str, Path(max_length=100)]) -> dict[str, Any]:
+    """The JSON schema of a command's arguments, for a form: what there is, within which bounds, and what it is by default."""
+    for command in commands.COMMANDS:
+        if command.kind == kind and kind not in _NOT_HERE:
+            return command.model_json_schema()
+    raise UnknownReferenceError(f"there is no command {kind!r}")
 
 
 @router.get("/commands/{command}")
