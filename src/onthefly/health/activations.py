@@ -67,7 +67,11 @@ def facts(numbers: Numbers) -> list[str]:
 
 
 def tables(numbers: Numbers) -> list[Table]:
-    ranges: list[tuple[Cell, ...]] = [(layer.name, layer.low, layer.high, layer.kind) for layer in numbers.layers]
+    ranges: list[tuple[Cell, ...]] = [
+        # without one finite output there is no range
+        (layer.name, *((layer.low, layer.high) if layer.low <= layer.high else (None, None)), layer.kind)
+        for layer in numbers.layers
+    ]
     units: list[tuple[Cell, ...]] = [
         (layer.name, layer.dead / layer.units, layer.dead, layer.units, layer.kind)
         for layer in numbers.layers

@@ -77,8 +77,14 @@ export function since(finding: Finding): string {
   return finding.before ? `at or before step ${number(finding.since)}` : `since step ${number(finding.since)}`
 }
 
+const NOT_FINITE: Record<string, string> = { NaN: 'NaN', Infinity: '∞', '-Infinity': '−∞' }
+
+/** Whether it is a number, or stands for one that JSON does not have. */
+export const isNumeric = (value: Cell): boolean =>
+  typeof value === 'number' || (typeof value === 'string' && value in NOT_FINITE)
+
 export function cell(value: Cell, unit: string): string {
-  if (typeof value !== 'number') return value === null ? '–' : value
+  if (typeof value !== 'number') return value === null ? '–' : (NOT_FINITE[value] ?? value)
   if (value === 0) return '0'
   if (unit === 'share')
     return value > 0 && value < 0.001 ? '< 0.1 %' : `${(value * 100).toFixed(value < 0.1 ? 1 : 0)} %`
