@@ -18,7 +18,7 @@ from onthefly.errors import (
     said,
 )
 from onthefly.health import determinism, health, numerics
-from onthefly.health.findings import KINDS, Finding, Report, in_order, number
+from onthefly.health.findings import KINDS, Finding, Report, Table, in_order, number
 from onthefly.store import queries
 
 if TYPE_CHECKING:
@@ -163,12 +163,21 @@ def _ended(client: Client, kind: str, row: RunRow) -> Report:
     if last is not None:
         before = Report.from_json(last.data)
         looked = f"steps {before.first_step} to {before.last_step}" if before.last_step else f"step {before.step}"
-        return replace(found, tables=before.tables).with_more(
+        return replace(found, tables=_tables(client, before)).with_more(
             before.findings, [f"from its last live report, of {looked}:", *before.facts] if before.facts else []
         )
     if needed:
         return found.with_more(missing=[f"{_what(kind)}: seen only while a session trains, and none is on this run"])
     return found
+
+
+def _tables(client: Client, before: Report) -> tuple[Table, ...]:
+    """Those of a report whose event this is: the command's answer has them."""
+    for row in queries.reports(client.store, run=before.run, kind=before.kind, limit=1):
+        answer = Report.from_json(row.result or {})
+        if (answer.generation, answer.step, answer.last_step) == (before.generation, before.step, before.last_step):
+            return answer.tables
+    return ()
 
 
 def _what(kind: str) -> str:

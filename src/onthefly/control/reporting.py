@@ -213,7 +213,9 @@ class Reporting:
         )
         self._record(_metrics(collected))
         told = report.to_json()
-        self._history.event("report", report.step, report.epoch, **told)
+        # Everybody who follows the events gets them; tables are for who asks for the report.
+        event = {name: value for name, value in told.items() if name != "tables"}
+        self._history.event("report", report.step, report.epoch, **event)
         return told
 
     def _judged(self, kind: str, collected: Collected) -> tuple[list[Finding], list[str]]:

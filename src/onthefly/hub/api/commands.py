@@ -190,7 +190,10 @@ def get_commands(
     door: Door | None = None,
     before: Annotated[int | None, Query(ge=0, le=LARGEST, description="Those with a lower number.")] = None,
 ) -> list[CommandView]:
-    """Commands, the newest first: the audit trail of who asked for what, through which door, and what came of it."""
+    """Commands, the newest first: the audit trail of who asked for what, through which door, and what came of it.
+
+    The tables of a report are left out: `GET /reports/{id}` has them.
+    """
     table = schema.command
     wanted = select(table).order_by(table.c.number.desc()).limit(limit)
     if session is not None:
@@ -205,4 +208,10 @@ def get_commands(
         wanted = wanted.where(table.c.number < before)
     with store.client.store.read() as connection:
         rows = [CommandRow(**row) for row in connection.execute(wanted).mappings()]
-    return [command_view(row) for row in rows]
+    return [_in_list(command_view(row)) for row in rows]
+
+
+def _in_list(view: CommandView) -> CommandView:
+    if view.kind != commands.ReportRun.kind or view.result is None:
+        return view
+    return view.model_copy(update={"result": {name: value for name, value in view.result.items() if name != "tables"}})
