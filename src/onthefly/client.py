@@ -11,6 +11,10 @@ in checkpoints.
 
 from __future__ import annotations
 
+import copy
+import getpass
+import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     from onthefly.health.findings import Report as HealthReport
     from onthefly.remerging import MergeProof
     from onthefly.repairs import Repair
+    from onthefly.reports import KeptReport
     from onthefly.run_comparison import RunDiff
     from onthefly.sample_values import Scanned
     from onthefly.samples.changes import Changes
@@ -96,12 +101,14 @@ class Status:
     unfinished: list[RunRow]
 
 
-def connect(store: str | Path | None = None) -> Client:
+def connect(store: str | Path | None = None, *, door: str = "python") -> Client:
     """A client of a store: that folder, or `ONTHEFLY_STORE`, or `.onthefly` in the working directory.
+
+    `door` is what the audit trail says of its commands.
 
     Raises `StoreError` when there is none, or when it cannot be used.
     """
-    return Client(Store.open(store))
+    return Client(Store.open(store), door=door)
 
 
 class Client:
@@ -110,8 +117,10 @@ class Client:
     Sessions whose process died are found and recorded as killed when a client opens a store.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, door: str = "python", asker: str | None = None) -> None:
         self.store = store
+        self.door = door
+        self.asker = asker if asker is not None else _user()
         store.recover(time.time())
 
     def __enter__(self) -> Client:
@@ -124,6 +133,12 @@ class Client:
 
     def close(self) -> None:
         self.store.close()
+
+    def through(self, door: str, asker: str) -> Client:
+        """This client of the same store, for somebody who comes through another door. Close only one of them."""
+        other = copy.copy(self)
+        other.door, other.asker = door, asker
+        return other
 
     # -- looking -----------------------------------------------------------------------------------------------
 
@@ -372,7 +387,9 @@ class Client:
         command = commands.build(kind, arguments)
         target = self.session(session)
         id = id or uuid.uuid4().hex
-        self.store.insert_command(target.id, id, kind, command.model_dump(), time.time())
+        self.store.insert_command(
+            target.id, id, kind, command.model_dump(), time.time(), door=self.door, asker=self.asker
+        )
         if not wait:
             return {"id": id, "status": "queued"}
         try:
@@ -634,6 +651,25 @@ class Client:
         from onthefly import reports
 
         return reports.report(self, kind, run, steps=steps, double_run=double_run, timeout=timeout)
+
+    def cancel_report(self, **how: Unpack[Delivery]) -> Result:
+        """End the report that is under way. It is answered with what was seen until then."""
+        return self.command("cancelReport", **how)
+
+    def recorded_report(self, kind: str = "health", run: str | None = None) -> HealthReport:
+        """What is recorded of a run, judged, whether or not a session is on it: nobody is asked, and nothing is executed.
+
+        Without `run` it is the newest of the store. Raises `InvalidCommandError` and `UnknownReferenceError`.
+        """
+        from onthefly import reports
+
+        return reports.recorded(self, kind, run)
+
+    def reports(self, run: str | None = None, kind: str | None = None, *, limit: int = 20) -> list[KeptReport]:
+        """Reports that sessions have made, the newest first, each with what the store had recorded of its run until then."""
+        from onthefly import reports
+
+        return reports.kept(self, queries.reports(self.store, run=run, kind=kind, limit=limit))
 
     # -- samples -----------------------------------------------------------------------------------------------
 
@@ -1018,6 +1054,15 @@ class Client:
         if isinstance(found, Path):
             raise UnknownReferenceError(f"{found} is not a recorded checkpoint of {self.store.root}")
         return found
+
+
+def _user() -> str:
+    """Who runs this process, for the audit trail: `user@host`."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a container may have no name for its user
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}"
 
 
 def _recipe(recipe: Recipe | str | None) -> Recipe | None:

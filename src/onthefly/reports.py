@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from onthefly.errors import (
@@ -17,18 +18,51 @@ from onthefly.errors import (
     said,
 )
 from onthefly.health import determinism, health, numerics
-from onthefly.health.findings import KINDS, Finding, Report, in_order, number
+from onthefly.health.findings import KINDS, Finding, Report, Table, in_order, number
 from onthefly.store import queries
 
 if TYPE_CHECKING:
     from onthefly.client import Client
-    from onthefly.store.queries import EventRow, RunRow, SessionRow
+    from onthefly.store.queries import CommandRow, EventRow, RunRow, SessionRow
 
 _MOST_POINTS = 20_000  # of a loss that are judged one by one: the last ones; the first bad one is found in all
 _LATEST = 5
 _SCALES = ("loss_scale", "scale", "health/loss_scale")
 _SEEN_IN_STEPS = ("numerics", "activations", "gradients", "throughput", "distribution")
 _PATIENCE = 10.0  # seconds for the session's checkpoints to come to the store
+
+
+@dataclass(frozen=True)
+class KeptReport:
+    """A report that a session has made, with what the store tells of its run until then."""
+
+    id: str
+    """Of the command that asked for it."""
+    number: int
+    session: int
+    time: float
+    door: str | None
+    asker: str | None
+    report: Report
+    checkpoints: tuple[Mapping[str, Any], ...] = ()
+    """The two that were saved for a double run, each with its hash and step."""
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What is recorded of a run: its events, its losses by (step, value), and when the steps of `loss` were logged."""
+
+    events: Sequence[EventRow]
+    losses: Mapping[str, Sequence[tuple[int, float]]]
+    times: Sequence[float]
+
+    def until(self, step: int, when: float) -> _Past:
+        """What was recorded then."""
+        length = {name: bisect.bisect_right(points, step, key=lambda p: p[0]) for name, points in self.losses.items()}
+        losses = {name: points[: length[name]] for name, points in self.losses.items() if length[name]}
+        left_out = len(self.losses.get("loss", ())) - len(self.times)  # a first bad point may come without its time
+        times = self.times[: max(length.get("loss", 0) - left_out, 0)]
+        return _Past([event for event in self.events if event.time <= when], losses, times)
 
 
 @dataclass(frozen=True)
@@ -54,6 +88,39 @@ def report(client: Client, kind: str, run: str | None, *, steps: int, double_run
     recorded = _recorded(client, kind, row, session)
     found = found.with_more(recorded.findings, recorded.facts, latest=recorded.latest)
     return _with_double_run(client, found, answer, timeout) if "checkpoints" in answer else found
+
+
+def recorded(client: Client, kind: str, run: str | None) -> Report:
+    """See `Client.recorded_report`."""
+    if kind not in KINDS:
+        raise InvalidCommandError(f"there is no report {kind!r}; there are: {', '.join(KINDS)}")
+    return _ended(client, kind, client.run(run) if run is not None else _newest(client))
+
+
+def kept(client: Client, rows: Sequence[CommandRow]) -> list[KeptReport]:
+    """The reports that these commands were answered with: see `Client.reports`."""
+    runs = {run.name: run for run in client.runs()}
+    pasts: dict[str, _Past] = {}
+    found = []
+    for row in rows:
+        answer = row.result or {}
+        report = Report.from_json(answer)
+        when = row.finished or row.created
+        run = runs.get(report.run)
+        if run is None or run.generation != report.generation:
+            gone = "its run was reset since" if run is not None else "its run is not in this store"
+            report = report.with_more(missing=[f"the course of the run: {gone}"])
+        else:
+            if run.name not in pasts:
+                pasts[run.name] = _past(client, run)
+            session = queries.session(client.store, row.session)
+            then = _judged(report.kind, run, pasts[run.name].until(report.step, when), session)
+            report = report.with_more(then.findings, then.facts, latest=then.latest)
+        checkpoints = tuple(answer.get("checkpoints") or ())
+        found.append(
+            KeptReport(row.id, row.number, row.session, when, row.door, row.asker, report, checkpoints),
+        )
+    return found
 
 
 def _live(client: Client, run: str | None) -> SessionRow | None:
@@ -96,12 +163,21 @@ def _ended(client: Client, kind: str, row: RunRow) -> Report:
     if last is not None:
         before = Report.from_json(last.data)
         looked = f"steps {before.first_step} to {before.last_step}" if before.last_step else f"step {before.step}"
-        return found.with_more(
+        return replace(found, tables=_tables(client, before)).with_more(
             before.findings, [f"from its last live report, of {looked}:", *before.facts] if before.facts else []
         )
     if needed:
         return found.with_more(missing=[f"{_what(kind)}: seen only while a session trains, and none is on this run"])
     return found
+
+
+def _tables(client: Client, before: Report) -> tuple[Table, ...]:
+    """Those of a report whose event this is: the command's answer has them."""
+    for row in queries.reports(client.store, run=before.run, kind=before.kind, limit=1):
+        answer = Report.from_json(row.result or {})
+        if (answer.generation, answer.step, answer.last_step) == (before.generation, before.step, before.last_step):
+            return answer.tables
+    return ()
 
 
 def _what(kind: str) -> str:
@@ -112,8 +188,25 @@ def _what(kind: str) -> str:
 
 
 def _recorded(client: Client, kind: str, row: RunRow, session: SessionRow | None) -> _Recorded:
-    events = client.events(row.name)
-    losses, times = _losses(client, row.name)
+    past = _past(client, row)
+    found = _judged(kind, row, past, session)
+    if _is_alive(client, session):
+        return found
+    findings, facts = list(found.findings), list(found.facts)
+    if kind in ("health", "numerics"):
+        findings += numerics.judge(_scales(client, row.name))
+    if kind == "determinism":
+        facts += determinism.facts(_exactness(past.events, session, row.generation))
+    return replace(found, findings=findings, facts=facts)
+
+
+def _past(client: Client, row: RunRow) -> _Past:
+    return _Past(client.events(row.name), *_losses(client, row.name))
+
+
+def _judged(kind: str, row: RunRow, past: _Past, session: SessionRow | None) -> _Recorded:
+    """What the past tells, besides what a session sees in its steps."""
+    events, losses, times = past.events, past.losses, past.times
     latest = {name: points[-_LATEST:] for name, points in losses.items() if points}
     findings: list[Finding] = []
     facts: list[str] = []
@@ -121,12 +214,8 @@ def _recorded(client: Client, kind: str, row: RunRow, session: SessionRow | None
     findings += [f for f in course if kind == "health" or f.report == kind]
     if kind == "numerics":  # a loss that broke says since when
         findings += [f for f in course if f.severity == "error" and "NaN" in f.what]
-    if kind in ("health", "numerics") and not _is_alive(client, session):
-        findings += numerics.judge(_scales(client, row.name))
     if kind in ("health", "determinism"):
-        exact = _exactness(events, session, row.generation)
-        findings += determinism.judge(exact)
-        facts += determinism.facts(exact) if kind == "determinism" and not _is_alive(client, session) else []
+        findings += determinism.judge(_exactness(events, session, row.generation))
     if kind == "throughput" and len(times) > 1:
         gaps = sorted(after - before for before, after in itertools.pairwise(times) if after > before)
         if gaps:

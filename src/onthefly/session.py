@@ -595,34 +595,34 @@ class Session:
             self._waiting.append(request_or_none)
 
     def _perform(self, request: Request) -> None:
-        step, epoch = self.step, self.epoch
+        run, step, epoch = self._history.run, self.step, self.epoch
         self.reporting.disturbed()
         try:
             result = actions.perform(self, request.command)
         except OnTheFlyError as e:
-            self._history.result(request.id, step, epoch, error=_error(e, said(e), e.exit_code))
+            self._history.result(request.id, step, epoch, run=run, error=_error(e, said(e), e.exit_code))
         except Exception as e:  # noqa: BLE001 - the user's own code, called by the action, failed: training goes on
             self._log.exception("the command %s failed", request.command.kind)
             message = f"{type(e).__name__}: {e}"
-            self._history.result(request.id, step, epoch, error=_error(e, message, 6))
+            self._history.result(request.id, step, epoch, run=run, error=_error(e, message, 6))
         else:
-            self._answer(request.id, result, step, epoch)
+            self._answer(request.id, result, run, step, epoch)
         self._recorder.hurry()
         if self._leaving is not None:
             self._leave(*self._leaving)
 
-    def _answer(self, command: str, result: actions.Answer, step: int, epoch: int) -> None:
+    def _answer(self, command: str, result: actions.Answer, run: str, step: int, epoch: int) -> None:
         if not isinstance(result, Future):
-            self._history.result(command, step, epoch, result=result)
+            self._history.result(command, step, epoch, run=run, result=result)
             return
 
         def answer(done: Future[Any]) -> None:  # on the writer's thread, once a checkpoint is durable
             if isinstance(e := done.exception(), OnTheFlyError):
-                self._history.result(command, step, epoch, error=_error(e, said(e), e.exit_code))
+                self._history.result(command, step, epoch, run=run, error=_error(e, said(e), e.exit_code))
             else:
                 found = done.result()
                 told = actions.told(found) if isinstance(found, Kept) else found
-                self._history.result(command, step, epoch, result=told)
+                self._history.result(command, step, epoch, run=run, result=told)
             self._recorder.hurry()
 
         result.add_done_callback(answer)

@@ -62,10 +62,15 @@ def test_a_run_that_was_reported_on_is_the_run_that_was_not(train, alone, kind, 
 PAUSED = ("pause", lambda client: (client.pause(save=False), client.resume()))
 
 
-def test_a_pause_ends_a_report_and_leaves_no_trace(train, alone):
-    run = train(Digits("cnn"), asks={0: ("health", {"steps": 20})}, does={7: PAUSED})
+CANCELLED = ("cancelReport", lambda client: client.cancel_report())
+
+
+@pytest.mark.parametrize(("does", "why"), [(PAUSED, "the session was paused"), (CANCELLED, "it was cancelled")])
+def test_a_report_that_is_cut_short_is_of_what_was_seen_and_leaves_no_trace(train, alone, does, why):
+    run = train(Digits("cnn"), asks={0: ("health", {"steps": 20})}, does={7: does})
     assert run.reports[0].last_step == 7
-    assert run.reports[0].missing == ("all after 7 of 20 steps: the session was paused",)
+    assert run.reports[0].missing == (f"all after 7 of 20 steps: {why}",)
+    assert [(e.step, e.data) for e in run.events("reportBegun")] == [(0, {"kind": "health", "steps": 20})]
     assert equal(run.state, alone("cnn", 1).state) is None
     assert run.hooks == alone("cnn", 1).hooks
 

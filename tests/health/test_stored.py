@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import onthefly
 from onthefly.cli import main
 from onthefly.errors import InvalidCommandError, UnknownReferenceError
 from onthefly.health import gradients, health, numerics, throughput
-from onthefly.health.findings import Finding, Report, Severity, text
+from onthefly.health.findings import Column, Finding, Report, Severity, Table, text
 
 
 def whats(findings):
@@ -132,6 +133,15 @@ def test_a_report_comes_back_from_json_as_it_was():
     report = Report(
         "numerics", "baseline", 0, 5, 1, True, 1, 5, "ab" * 32, 0, (finding,), ("a",), ("b",), {"loss": ((5, 1.5),)}
     )
+    rows = (("first", 1.0, 2), ("middle", math.inf, 3), ("last", None, 4))
+    table = Table("Sizes", (Column("layer"), Column("size", "s"), Column("n")), rows, "log")
+    assert Report.from_json(replace(report, tables=(table.at_most(3),)).to_json()).tables[0].rows[1] == (
+        "middle",
+        "Infinity",
+        3,
+    )
+    assert [row[0] for row in table.at_most(2).rows] == ["first", "last"]
+    assert table.at_most(2).left_out == 1
     document = json.loads(json.dumps(report.to_json(), allow_nan=False))
     again = Report.from_json(document)
     assert document["worst"] == "error"
@@ -160,6 +170,30 @@ def test_the_command_line_says_it_in_words_and_in_json(train, capsys, monkeypatc
     assert "report on health: " in capsys.readouterr().out
     assert main(["report", "moods"]) == 2
     assert main(["report", "health", "nobody"]) == 2
+
+
+def test_reports_are_kept_and_judged_by_what_was_recorded_then(train):
+    images, targets = digits()
+    images[17, 0, 3, 4] = math.nan
+    asks = {0: ("throughput", {"steps": 4}), 10: ("health", {"steps": 10})}
+    run = train(Digits(dataset=TensorDataset(images, targets), epochs=3), asks=asks)
+    with onthefly.connect(run.store) as client:
+        health, throughput = client.reports("baseline")
+        assert client.reports(kind="throughput") == [throughput]
+        assert client.reports("nobody") == []
+        recorded = client.recorded_report("health")
+    assert (health.report.kind, health.door, health.report.last_step) == ("health", "python", 20)
+    assert health.report.latest["loss"][-1][0] == 20
+    assert throughput.report.latest["loss"][-1][0] == 4
+    assert [f.what for f in run.reports[10].findings] == [f.what for f in health.report.findings]
+    broken = {finding.what for finding in health.report.findings if finding.severity == Severity.ERROR}
+    assert {"loss is NaN or inf", "the data is not finite: a batch holds NaN or inf"} <= broken
+    assert not any("NaN" in finding.what for finding in throughput.report.findings)
+    parts = throughput.report.tables[0]
+    assert (parts.drawn, parts.columns[2]) == ("parts", Column("share", "share"))
+    assert sum(row[2] for row in parts.rows) == pytest.approx(1)
+    titles = {"Gradient norms", "Range of outputs", parts.title}
+    assert titles <= {table.title for table in health.report.tables} == {table.title for table in recorded.tables}
 
 
 def test_what_there_is_no_report_on_is_said(train):

@@ -37,6 +37,26 @@ def test_a_command_goes_round(training, hub):
     assert changed in hub.get(f"/commands?session={training.session}&status=done")
 
 
+def test_who_asked_and_through_which_door_is_kept(training, hub):
+    hub.give(training.session, "saveCheckpoint", pin=False)
+    with onthefly.connect(training.store) as client:
+        client.save()
+    page = {"Cookie": hub.cookie(), "Origin": hub.base}
+    path = f"{hub.at}/sessions/{training.session}/commands/set?wait=30"
+    assert hub.bare.post(path, json={"values": {"nonsense": 1}}, headers=page).json()["status"] == "failed"
+    words = [sys.executable, "-c", "from onthefly.cli import main; main()", "save", "--store", training.store]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+
+    trail = hub.get("/commands?limit=4")
+    assert [one["door"] for one in trail] == ["cli", "dashboard", "python", "api"]
+    assert [one["asker"] for one in trail][1::2] == ["127.0.0.1", "127.0.0.1"]
+    assert "@" in trail[0]["asker"]
+    assert {one["run"] for one in trail} == {hub.get(f"/sessions/{training.session}")["run"]}
+    assert [one["kind"] for one in hub.get("/commands?limit=1&door=dashboard&kind=set")] == ["set"]
+    older = hub.get(f"/commands?limit=1&before={trail[1]['number']}")
+    assert older == [trail[2]]
+
+
 def test_a_command_without_wait_is_queued_and_answered_later(training, hub, wait_until):
     path = f"{hub.at}/sessions/{training.session}/commands/testRun"
     answer = hub.http.post(path, params={"key": "once"}, json={"save": False})
@@ -47,6 +67,25 @@ def test_a_command_without_wait_is_queued_and_answered_later(training, hub, wait
     assert again["number"] == found["number"]
     other = hub.http.post(path, params={"key": "once"}, json={"save": True})
     assert other.status_code == 422
+
+
+def test_reports_are_listed_read_and_made_of_what_is_recorded(training, hub):
+    assert hub.get("/schemas/report")["properties"]["steps"]["maximum"] == 10_000
+    given = hub.give(training.session, "report", report="gradients", steps=3)
+    assert given["status"] == "done"
+
+    (head,) = hub.get("/reports?kind=gradients&limit=1")
+    assert (head["id"], head["door"], head["run"]) == (given["id"], "api", given["result"]["run"])
+    assert head["last_step"] - head["first_step"] == 2
+    whole = hub.get(f"/reports/{given['id']}")
+    assert {name: whole[name] for name in head} == head
+    assert whole["report"]["tables"] == given["result"]["tables"]
+    assert whole["report"]["latest"]["loss"][-1][0] == head["step"]
+    assert hub.get("/reports?run=nobody") == []
+    recorded = hub.get(f"/runs/{head['run']}/report?kind=gradients")
+    assert (recorded["live"], recorded["tables"]) == (False, whole["report"]["tables"])
+    assert hub.http.get(hub.at + "/reports/nothing").status_code == 404
+    assert "no report is under way" in hub.give(training.session, "cancelReport")["error"]["message"]
 
 
 def test_what_the_session_refuses_is_its_answer(training, hub):
@@ -113,7 +152,8 @@ def test_charts_have_the_points_that_were_logged(training, hub):
 
 def test_metrics_are_found_by_a_pattern_and_come_as_csv(training, hub):
     run = hub.get(f"/sessions/{training.session}")["run"]
-    assert {m["name"] for m in hub.get(f"/metrics?run={run}")} == {"loss", "<script>alert(1)</script>"}
+    names = {m["name"] for m in hub.get(f"/metrics?run={run}")}
+    assert {name for name in names if not name.startswith("health/")} == {"loss", "<script>alert(1)</script>"}
     assert {m["name"] for m in hub.get("/metrics?name=lo*")} == {"loss"}
     text = hub.http.get(f"{hub.at}/series.csv", params={"run": run, "name": "loss"}).text
     rows = list(csv.DictReader(io.StringIO(text)))

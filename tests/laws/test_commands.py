@@ -50,6 +50,7 @@ def test_each_command_is_tested_here():
         "adoptScan",
         # in tests/health
         "report",
+        "cancelReport",
         # in test_merging.py
         "mergeRuns",
     }

@@ -5,6 +5,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -46,6 +47,22 @@ def test_another_version_is_refused(store):
         connection.exec_driver_sql("PRAGMA user_version=99")
     with pytest.raises(SchemaVersionError, match="schema version 99"):
         Store.open(store.root)
+
+
+def test_a_store_of_the_version_before_is_upgraded_with_all_that_it_holds(store, new_session):
+    id = new_session()
+    store.insert_command(id, "old", "pause", {}, 1.0)
+    with store.begin() as connection:
+        for column in ("door", "asker", "run"):
+            connection.exec_driver_sql(f"ALTER TABLE command DROP COLUMN {column}")
+        connection.exec_driver_sql("PRAGMA user_version=2")
+    with closing(Store.open(store.root)) as again:
+        again.insert_command(id, "new", "pause", {}, 2.0, door="cli", asker="ada@lab")
+        rows = again.queued_commands(id)
+    assert [(row.id, row.door, row.asker, row.run) for row in rows] == [
+        ("old", None, None, None),
+        ("new", "cli", "ada@lab", None),
+    ]
 
 
 def test_a_foreign_database_is_refused_and_stays_as_it_is(tmp_path):
@@ -127,6 +144,7 @@ def test_nothing_is_left_open_between_calls(store, new_session):
 
 CREATE = """
 import sys
+from contextlib import closing
 from onthefly.store.store import Store
 sys.stdin.readline()
 store = Store.open(sys.argv[1], create=True, busy_timeout=60)
@@ -237,6 +255,7 @@ if sys.stdin.readline() == "end\\n":
 """
 RECOVER = """
 import sys
+from contextlib import closing
 from onthefly.store.store import Store
 store = Store.open(sys.argv[1], busy_timeout=60)
 print("ready", flush=True)
@@ -329,6 +348,7 @@ def test_before_its_lock_is_taken_a_session_lives_with_its_process(store, new_se
 
 ASK = """
 import sys
+from contextlib import closing
 from pathlib import Path
 from onthefly.store.liveness import is_held
 print(is_held(Path(sys.argv[1])))

@@ -203,6 +203,7 @@ _WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "resumed": lambda data: "resumed",
     "tested": _tested,
     "report": _reported,
+    "reportBegun": lambda data: f"looking for a report on {data.get('kind', '')}, for {data.get('steps', '')} steps",
     "checkpointSaved": _saved,
     "checkpointEvicted": lambda data: f"removed {str(data.get('hash', ''))[:12]} ({data.get('reason', 'evicted')})",
     "checkpointPinned": lambda data: f"pinned {str(data.get('hash', ''))[:12]}",

@@ -149,7 +149,7 @@ def connect(path: Path | None) -> Client:
         from onthefly import client
     finally:
         gc.enable()
-    return client.connect(path)
+    return client.connect(path, door="cli")
 
 
 @contextmanager

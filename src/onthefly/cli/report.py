@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from onthefly.cli import options, render
+from onthefly.cli.steer import say
 from onthefly.health import findings
 
 _STYLES = {"error": {"fg": "red"}, "warning": {"fg": "yellow"}, "title": {"bold": True}, "dim": {"dim": True}}
@@ -34,10 +35,18 @@ _STYLES = {"error": {"fg": "red"}, "warning": {"fg": "yellow"}, "title": {"bold"
     metavar="SECONDS",
     help="How long to wait for those steps.",
 )
+@click.option("--cancel", is_flag=True, help="End the report that is under way: it is of what was seen until then.")
 @options.store
 @options.as_json
 def report_command(
-    kind: str, run: str | None, steps: int, no_double_run: bool, timeout: float, store: Path | None, as_json: bool
+    kind: str,
+    run: str | None,
+    steps: int,
+    no_double_run: bool,
+    timeout: float,
+    cancel: bool,
+    store: Path | None,
+    as_json: bool,
 ) -> None:
     """Look at RUN, and say what is wrong, how bad it is, since which step, how that is known, and what to do about it.
 
@@ -45,6 +54,9 @@ def report_command(
     recorded is judged. Without RUN it is the live session's, or the newest. `health` sums all the others up.
     """
     with options.connect(store) as client:
+        if cancel:
+            say("cancelled", client.cancel_report(session=run, timeout=timeout), as_json)
+            return
         found = client.report(kind, run, steps=steps, double_run=not no_double_run, timeout=timeout)
     if as_json:
         click.echo(render.document(found.to_json()))

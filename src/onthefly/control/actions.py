@@ -131,6 +131,11 @@ def report(session: Session, command: commands.ReportRun) -> Answer:
     return session.reporting.begin(command)
 
 
+def cancel_report(session: Session, command: commands.CancelReport) -> Result:
+    session.reporting.cancel()
+    return {"cancelled": True}
+
+
 def export_subset(session: Session, command: commands.ExportSubset) -> Result:
     return session.sampling.export(command, _path(command.path))
 
@@ -174,6 +179,7 @@ _ACTIONS: Mapping[type[Command], Callable[[Any, Any], Answer]] = {
     commands.SwitchRun: switch,
     commands.Undo: undo,
     commands.ReportRun: report,
+    commands.CancelReport: cancel_report,
     commands.ExportSubset: export_subset,
 }
 

@@ -294,6 +294,12 @@ class ReportRun(Command):
     )
 
 
+class CancelReport(Command):
+    """End the report that is under way: it is of what was seen until then."""
+
+    kind = "cancelReport"
+
+
 class ExportSubset(Chosen):
     """Write the chosen samples, with what is known of each, to a file; by default the samples that are trained on."""
 
@@ -322,6 +328,7 @@ COMMANDS: tuple[type[Command], ...] = (
     SwitchRun,
     Undo,
     ReportRun,
+    CancelReport,
     ExportSubset,
 )
 

@@ -99,13 +99,15 @@ class History:
         step: int,
         epoch: int,
         *,
+        run: str | None = None,
         result: Mapping[str, Any] | None = None,
         error: Mapping[str, Any] | None = None,
     ) -> None:
-        """Answer a command."""
+        """Answer a command. `run` is where it was carried out: by default where the session is now."""
         status = "done" if error is None else "failed"
         answer = {"command": command, "status": status, "result": result, "error": error}
-        self._journal.fact("result", {**answer, "step": step, "epoch": epoch, "time": time.time()})
+        where = {"run": run or self.run, "step": step, "epoch": epoch}
+        self._journal.fact("result", {**answer, **where, "time": time.time()})
 
     def checkpoint(self, line: Line, **data: Any) -> None:
         """Record a checkpoint of a line that is durable."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from statistics import median
@@ -14,11 +14,11 @@ from onthefly.control.history import History
 from onthefly.control.ring import Kept
 from onthefly.control.sampling import Inputs
 from onthefly.control.start import Start, environment
-from onthefly.errors import CommandError
+from onthefly.errors import CommandError, InvalidCommandError
 from onthefly.health import activations, determinism, distribution, gradients, health, numerics, throughput
 from onthefly.health.collect import ranks
 from onthefly.health.collect.collection import Collected, Collection, Subject
-from onthefly.health.findings import Finding, Report, in_order
+from onthefly.health.findings import Finding, Report, Table, in_order
 from onthefly.state import rng
 from onthefly.state.knobs import CLIP, Knobs
 from onthefly.state.loader import ExactLoader
@@ -27,6 +27,7 @@ from onthefly.state.train_state import TrainState
 Result = dict[str, Any]
 
 _DOUBLE_RUN = 3  # steps: what differs at all mostly differs in the first
+_MOST_ROWS, _MOST_IN_SUMMARY = 200, 40  # of a table: a report is kept for as long as the store
 _IN_STEPS = {"health", "numerics", "activations", "gradients", "throughput"}
 """Reports of what happens in steps: while training stands they have nothing to look at."""
 
@@ -99,6 +100,7 @@ class Reporting:
         self.watch = Collection(self._subject(), kind, step, steps, lambda: self._checkpointer.spent)
         self._epoch = self._state_number("epoch")
         self._asked = _Asked(command, Future(), step, steps, start)
+        self._history.event("reportBegun", step, self._epoch, kind=kind, steps=steps)
         return self._asked.future
 
     @property
@@ -126,6 +128,12 @@ class Reporting:
         """A command is carried out: this boundary's time is not the training's."""
         if self.watch is not None:
             self.watch.disturbed()
+
+    def cancel(self) -> None:
+        """Make the report under way of what was seen until here. Raises `InvalidCommandError` if there is none."""
+        if self._asked is None:
+            raise InvalidCommandError("no report is under way")
+        self.end("it was cancelled")
 
     def end(self, reason: str) -> None:
         """The steps end here: take the collectors off, and answer with what they have seen."""
@@ -184,6 +192,7 @@ class Reporting:
         """The report as an answer, recorded as an event, its numbers as metrics."""
         kind = command.report
         findings, facts = self._judged(kind, collected)
+        most = _MOST_IN_SUMMARY if kind == "health" else _MOST_ROWS
         newest = self._checkpointer.ring.newest()
         looked = collected.steps > 0
         report = Report(
@@ -200,10 +209,13 @@ class Reporting:
             findings=in_order(findings),
             facts=tuple(facts),
             missing=(*collected.missing, *missing),
+            tables=tuple(table.at_most(most) for table in _tables(kind, collected)),
         )
         self._record(_metrics(collected))
         told = report.to_json()
-        self._history.event("report", report.step, report.epoch, **told)
+        # Everybody who follows the events gets them; tables are for who asks for the report.
+        event = {name: value for name, value in told.items() if name != "tables"}
+        self._history.event("report", report.step, report.epoch, **event)
         return told
 
     def _judged(self, kind: str, collected: Collected) -> tuple[list[Finding], list[str]]:
@@ -273,6 +285,19 @@ class Reporting:
         """As metrics of this step; but not in steps that are being repeated, where they would be held against those of before."""
         if numbers and self._step > self._history.head:
             self._history.metrics(self._step, self._state_number("epoch"), numbers)
+
+
+def _tables(kind: str, collected: Collected) -> Iterator[Table]:
+    """Those of the report that was asked for: to judge one kind, some of another may have been read."""
+    wanted = {kind} if kind != "health" else {"numerics", "activations", "gradients", "throughput"}
+    if collected.throughput is not None and "throughput" in wanted:
+        yield from throughput.tables(collected.throughput)
+    if collected.gradients is not None and "gradients" in wanted:
+        yield from gradients.tables(collected.gradients)
+    if collected.activations is not None and "activations" in wanted:
+        yield from activations.tables(collected.activations)
+    if collected.numerics is not None and "numerics" in wanted:
+        yield from numerics.tables(collected.numerics)
 
 
 def _metrics(collected: Collected) -> dict[str, float]:

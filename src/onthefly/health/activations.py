@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from onthefly.health.findings import Finding, Severity, number
+from onthefly.health.findings import Cell, Column, Finding, Severity, Table, number
 
 DEAD_NOTE, DEAD_WARNING, DEAD_ERROR = 0.1, 0.5, 0.95
 """Share of a layer's units that were 0 for every sample in the last half of the steps. A few are usual, and sparse features cost nothing but room;
@@ -64,6 +64,34 @@ def facts(numbers: Numbers) -> list[str]:
             words.append(f"{layer.saturated:.0%} saturated")
         rows.append(f"{layer.name} ({layer.kind}): {', '.join(words)}")
     return rows if len(rows) <= 40 else [*rows[:20], f"... {len(rows) - 40} layers ...", *rows[-20:]]
+
+
+def tables(numbers: Numbers) -> list[Table]:
+    ranges: list[tuple[Cell, ...]] = [
+        # without one finite output there is no range
+        (layer.name, *((layer.low, layer.high) if layer.low <= layer.high else (None, None)), layer.kind)
+        for layer in numbers.layers
+    ]
+    units: list[tuple[Cell, ...]] = [
+        (layer.name, layer.dead / layer.units, layer.dead, layer.units, layer.kind)
+        for layer in numbers.layers
+        if layer.units
+    ]
+    flat: list[tuple[Cell, ...]] = [
+        (layer.name, layer.saturated, layer.kind) for layer in numbers.layers if layer.saturated is not None
+    ]
+    share = Column("share", "share")
+    found = [
+        Table(
+            "Range of outputs",
+            (Column("layer"), Column("lowest"), Column("highest"), Column("kind")),
+            (*ranges,),
+            "range",
+        ),
+        Table("Dead units", (Column("layer"), share, Column("dead"), Column("units"), Column("kind")), (*units,)),
+        Table("Outputs at the flat ends", (Column("layer"), share, Column("kind")), (*flat,)),
+    ]
+    return [table for table in found if table.rows]
 
 
 def _dead(numbers: Numbers) -> Iterator[Finding]:

@@ -51,6 +51,48 @@ class Finding:
     advice: str = ""
 
 
+Cell = float | int | str | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One of a table's. `unit`: `s` for seconds, `share` for a part of 1, or nothing."""
+
+    name: str
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured of many layers, parameters or parts: what findings stand on, to be read or drawn.
+
+    `drawn` says how: `log` and `bars` as a bar for the first number of a row, `parts` as parts of a whole, `range` from
+    the first number to the second.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    """The first one names the row."""
+    rows: tuple[tuple[Cell, ...], ...]
+    drawn: str = "bars"
+    left_out: int = 0
+    """Rows in the middle that are not here."""
+
+    def at_most(self, rows: int) -> Table:
+        """With the first and the last of so many rows."""
+        if len(self.rows) <= rows:
+            return self
+        first = rows - rows // 2
+        kept = (*self.rows[:first], *self.rows[len(self.rows) - rows // 2 :])
+        return replace(self, rows=kept, left_out=self.left_out + len(self.rows) - len(kept))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Table:
+        columns = tuple(Column(**column) for column in value["columns"])
+        rows = tuple(tuple(row) for row in value["rows"])
+        return cls(**{**value, "columns": columns, "rows": rows})
+
+
 @dataclass(frozen=True)
 class Report:
     """What was looked at, and what was found."""
@@ -75,6 +117,8 @@ class Report:
     """What could not be looked at, and why."""
     latest: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     """The last logged values: name to (step, value)."""
+    tables: tuple[Table, ...] = ()
+    """What was measured, by layer, parameter or part."""
 
     @property
     def worst(self) -> Severity | None:
@@ -96,7 +140,8 @@ class Report:
             name: tuple((int(s), float(v)) for s, v in points) for name, points in value.get("latest", {}).items()
         }
         texts = {name: tuple(value.get(name, ())) for name in ("facts", "missing")}
-        return cls(**{**known, "findings": findings, "latest": latest, **texts})
+        tables = tuple(map(Table.from_json, value.get("tables", ())))
+        return cls(**{**known, "findings": findings, "latest": latest, "tables": tables, **texts})
 
     def with_more(
         self,

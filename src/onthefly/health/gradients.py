@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
-from onthefly.health.findings import Finding, Severity, number
+from onthefly.health.findings import Cell, Column, Finding, Severity, Table, number
 
 SPIKE = 20.0
 """Of the median norm: batches differ by a factor of a few; an update twenty times the usual undoes many others."""
@@ -110,6 +110,16 @@ def facts(numbers: Numbers) -> list[str]:
     if len(by_norm) > 20:
         found.append(f"and {len(by_norm) - 20} smaller ones")
     return found
+
+
+def tables(numbers: Numbers) -> list[Table]:
+    rows: list[tuple[Cell, ...]] = []
+    for w in numbers.weights:
+        if w.norms:
+            usual = median(w.norms)
+            rows.append((w.name, usual, min(w.norms), max(w.norms), usual / math.sqrt(max(w.size, 1))))
+    names = ("parameter", "median norm", "smallest", "largest", "RMS of a value")
+    return [Table("Gradient norms", tuple(map(Column, names)), tuple(rows), "log")] if rows else []
 
 
 def clipped(numbers: Numbers) -> float | None:

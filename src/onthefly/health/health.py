@@ -125,8 +125,11 @@ def _trend(name: str, points: Sequence[tuple[int, float]]) -> Iterator[Finding]:
             advice="lower the learning rate, or stop: `onthefly set 'lr*=0.1'`",
         )
     spikes = []
+    values = [value for _, value in points]
     for i in range(WINDOW, len(points)):
-        window = [value for _, value in points[i - WINDOW : i]]
+        window = values[i - WINDOW : i]
+        if values[i] <= SPIKE_FACTOR * min(window):
+            continue  # nor is it more than twice their median, which takes far longer to find
         middle = median(window)
         spread = median(abs(value - middle) for value in window)
         if points[i][1] > middle + SPIKE * spread and points[i][1] > SPIKE_FACTOR * middle > 0:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from onthefly.health.findings import Finding, Severity, number
+from onthefly.health.findings import Cell, Column, Finding, Severity, Table, number
 
 NEAR_LIMIT = 0.25
 """Of the largest number of a half-precision type: one batch's largest output is easily four times another's."""
@@ -119,6 +119,25 @@ def facts(numbers: Numbers) -> list[str]:
     if numbers.scales:
         found.append(f"scale of the loss: {number(numbers.scales[0][1])} to {number(numbers.scales[-1][1])}")
     return found
+
+
+def tables(numbers: Numbers) -> list[Table]:
+    updates: list[tuple[Cell, ...]] = [
+        (p.name, median(p.ratios), max(p.ratios), p.norms[-1], p.rates[-1] if p.rates else None, p.dtype)
+        for p in numbers.parameters
+        if p.ratios
+    ]
+    outputs: list[tuple[Cell, ...]] = [
+        (layer.name, layer.peak, layer.peak / layer.limit, layer.tiny, layer.dtype)
+        for layer in sorted(numbers.layers, key=lambda layer: layer.order)
+    ]
+    names = ("parameter", "update / weight", "largest", "norm", "lr", "type")
+    limit = (Column("of the largest of its type", "share"), Column("subnormal", "share"), Column("type"))
+    found = [
+        Table("Update to weight, in the median step", tuple(map(Column, names)), (*updates,), "log"),
+        Table("Largest output", (Column("layer"), Column("largest"), *limit), (*outputs,), "log"),
+    ]
+    return [table for table in found if table.rows]
 
 
 def _broken(numbers: Numbers) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
-from onthefly.health.findings import Finding, Severity
+from onthefly.health.findings import Cell, Column, Finding, Severity, Table
 
 DATA_SHARE = 0.2
 """Of a step spent waiting for data: what more loader workers could win back at most."""
@@ -73,6 +73,24 @@ def facts(numbers: Numbers) -> list[str]:
             "the device was waited for at every mark, so that each part has its own time: the sum is an upper bound"
         )
     return found
+
+
+def tables(numbers: Numbers) -> list[Table]:
+    whole = total(numbers)
+    if not whole:
+        return []
+    rows: list[tuple[Cell, ...]] = []
+    for part in PARTS:
+        seconds = math.fsum(step.get(part, 0.0) for step in numbers.steps)
+        rows.append((NAMES[part], seconds / len(numbers.steps), seconds / whole))
+    return [
+        Table(
+            "Where a step's time goes",
+            (Column("part"), Column("a step", "s"), Column("share", "share")),
+            (*rows,),
+            "parts",
+        )
+    ]
 
 
 def total(numbers: Numbers) -> float:

@@ -21,7 +21,19 @@ from starlette.staticfiles import StaticFiles
 from onthefly.client import Client
 from onthefly.errors import OnTheFlyError
 from onthefly.hub import live
-from onthefly.hub.api import checkpoints, commands, events, merging, metrics, proofs, runs, samples, sessions, stores
+from onthefly.hub.api import (
+    checkpoints,
+    commands,
+    events,
+    merging,
+    metrics,
+    proofs,
+    reports,
+    runs,
+    samples,
+    sessions,
+    stores,
+)
 from onthefly.hub.api.common import REFUSALS, Json, refusal
 from onthefly.hub.auth import Keys
 from onthefly.hub.child import Children
@@ -81,7 +93,7 @@ def create_app(
     app.state.started = time.time()
     app.state.children = Children()
     app.state.feeds = Feeds(opened, limits.sockets)
-    for module in (stores, sessions, commands, runs, metrics, events, checkpoints, samples, merging, proofs):
+    for module in (stores, sessions, commands, runs, metrics, events, checkpoints, samples, merging, reports, proofs):
         app.include_router(module.router, prefix=API, responses=REFUSALS)
     app.include_router(live.router, prefix=API)
     app.add_exception_handler(OnTheFlyError, _ours)

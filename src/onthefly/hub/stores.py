@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onthefly import reports
 from onthefly.client import Client
 from onthefly.errors import StoreError, UnknownReferenceError
 from onthefly.hub.charts import Charts
@@ -23,10 +24,12 @@ from onthefly.store import queries
 from onthefly.store.store import DATABASE
 
 if TYPE_CHECKING:
+    from onthefly.reports import KeptReport
     from onthefly.runs.manifest import Manifest
-    from onthefly.store.queries import RunRow, ScanRow, SessionRow
+    from onthefly.store.queries import CommandRow, RunRow, ScanRow, SessionRow
 
 _TABLES = 4  # scans that are kept in memory
+_REPORTS = 64  # that are kept in memory
 _RECOVERY = 1.0  # seconds between two looks for sessions that have died
 _RECENT = 200  # steps that a speed is taken over
 
@@ -49,9 +52,10 @@ class OpenStore:
         self.charts = Charts(client)
         self._tables: OrderedDict[str, SampleTable] = OrderedDict()
         self._manifests: dict[str, Manifest] = {}
+        self._reports: OrderedDict[str, KeptReport] = OrderedDict()
         self._paces: dict[int, tuple[int, Pace]] = {}
         self._recovered = time.monotonic()
-        self._lock = threading.Lock()  # guards the four above
+        self._lock = threading.Lock()  # guards the five above
 
     def close(self) -> None:
         self.client.close()
@@ -92,6 +96,19 @@ class OpenStore:
         with self._lock:
             self._manifests[row.manifest] = found
         return found
+
+    def reports(self, rows: Sequence[CommandRow]) -> list[KeptReport]:
+        """The reports that these commands were answered with. To judge one takes a while, and it never changes, so it is kept."""
+        with self._lock:
+            found = {row.id: self._reports[row.id] for row in rows if row.id in self._reports}
+        made = {kept.id: kept for kept in reports.kept(self.client, [row for row in rows if row.id not in found])}
+        with self._lock:
+            for id in (row.id for row in reversed(rows)):
+                self._reports[id] = {**found, **made}[id]
+                self._reports.move_to_end(id)
+            while len(self._reports) > _REPORTS:
+                self._reports.popitem(last=False)
+        return [{**found, **made}[row.id] for row in rows]
 
     def pace(self, row: SessionRow, generation: int) -> Pace:
         """How fast a live session is. It is measured again when the session has gone on."""

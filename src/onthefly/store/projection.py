@@ -175,7 +175,7 @@ class _Tables:
 
     def _result(self, data: Mapping[str, Any]) -> None:
         table = schema.command
-        values = {key: data.get(key) for key in ("status", "result", "error", "step", "epoch")}
+        values = {key: data.get(key) for key in ("status", "result", "error", "run", "step", "epoch")}
         this = table.c.id == data["command"]
         self._connection.execute(update(table).where(this).values(**values, finished=data["time"]))
 

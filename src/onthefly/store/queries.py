@@ -134,6 +134,11 @@ class CommandRow:
     step: int | None
     epoch: int | None
     finished: float | None
+    door: str | None = None
+    """`cli`, `python`, `dashboard` or `api`; None where it was not recorded."""
+    asker: str | None = None
+    run: str | None = None
+    """The run that the session was on when it carried it out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -263,6 +268,28 @@ def command(store: Store, id: str) -> CommandRow | None:
     with store.read() as connection:
         row = connection.execute(select(schema.command).where(schema.command.c.id == id)).mappings().one_or_none()
     return CommandRow(**row) if row else None
+
+
+def reports(
+    store: Store,
+    *,
+    run: str | None = None,
+    kind: str | None = None,
+    before: int | None = None,
+    limit: int | None = None,
+) -> list[CommandRow]:
+    """Commands that were answered with a report, the newest first; `before` is the number of one."""
+    table = schema.command
+    wanted = select(table).where(table.c.kind == "report", table.c.status == "done", table.c.result.is_not(None))
+    if run is not None:
+        wanted = wanted.where(table.c.result["run"].as_string() == run)
+    if kind is not None:
+        wanted = wanted.where(table.c.result["kind"].as_string() == kind)
+    if before is not None:
+        wanted = wanted.where(table.c.number < before)
+    with store.read() as connection:
+        rows = connection.execute(wanted.order_by(table.c.number.desc()).limit(limit)).mappings()
+        return [CommandRow(**row) for row in rows]
 
 
 def metric_names(store: Store, run: str) -> list[str]:

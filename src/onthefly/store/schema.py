@@ -6,6 +6,8 @@ can be moved. Types and names are portable; what only SQLite has is in `store`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from sqlalchemy import (
     JSON,
     Boolean,
@@ -21,7 +23,16 @@ from sqlalchemy import (
     Table,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+
+UPGRADES: Mapping[int, Sequence[str]] = {
+    2: (  # who asked, through which door, and on which run it was carried out
+        "ALTER TABLE command ADD COLUMN door VARCHAR",
+        "ALTER TABLE command ADD COLUMN asker VARCHAR",
+        "ALTER TABLE command ADD COLUMN run VARCHAR",
+    ),
+}
+"""What makes a database of an older version one of the next. It only ever adds: who has the store open goes on with it."""
 
 metadata = MetaData()
 
@@ -164,6 +175,11 @@ command = Table(
     Column("step", Integer),
     Column("epoch", Integer),
     Column("finished", Float),
+    # Through which door it came, and who that was: `user@host`, or the address of a browser. None: from before they were recorded.
+    Column("door", String),
+    Column("asker", String),
+    # The run that the session was on when it carried it out.
+    Column("run", String),
     Index("command_by_session", "session", "status", "number"),
 )
 

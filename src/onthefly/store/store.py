@@ -200,9 +200,20 @@ class Store:
         with self.begin() as connection:
             connection.execute(update(table).where(table.c.id == session).values(values))
 
-    def insert_command(self, session: int, id: str, kind: str, arguments: Mapping[str, Any], time: float) -> None:
+    def insert_command(
+        self,
+        session: int,
+        id: str,
+        kind: str,
+        arguments: Mapping[str, Any],
+        time: float,
+        *,
+        door: str | None = None,
+        asker: str | None = None,
+    ) -> None:
         """Queue a command; nothing happens if there is one with this id. Raises `NoLiveSessionError` if the session has ended.
 
+        `door` and `asker` are for the audit trail: through which door it came, and who that was.
         A process that was killed is not noticed here: see `is_alive` and `recover`.
         """
         table = schema.command
@@ -214,7 +225,8 @@ class Store:
                 raise NoLiveSessionError(f"session {session} has ended; `onthefly resume` starts its run again")
             last = connection.scalar(select(func.max(table.c.number))) or 0
             row = {"id": id, "number": last + 1, "session": session, "kind": kind, "arguments": arguments}
-            connection.execute(insert(table).values(**row, created=time, status="queued"))
+            row |= {"created": time, "status": "queued", "door": door, "asker": asker}
+            connection.execute(insert(table).values(row))
 
     def queued_commands(self, session: int, after: int = 0) -> list[CommandRow]:
         """The commands of a session that have no result yet, in their order, from behind the one with number `after`."""
@@ -296,7 +308,11 @@ class Store:
                     raise error from e
                 clock.sleep(0.01)
         with self.begin() as connection:
-            if self._version(connection) == schema.SCHEMA_VERSION:
+            version = self._version(connection)
+            if version == schema.SCHEMA_VERSION:
+                return
+            if version:
+                self._upgrade(connection, version)
                 return
             schema.metadata.create_all(connection)
             connection.exec_driver_sql(f"PRAGMA user_version={schema.SCHEMA_VERSION}")
@@ -305,10 +321,25 @@ class Store:
             seed = "INSERT INTO sqlite_sequence (name, seq) VALUES ('session', ?)"
             connection.exec_driver_sql(seed, (max(left, default=0),))
 
+    def _upgrade(self, connection: Connection, version: int) -> None:
+        """Bring a database of an older version to this one, step by step."""
+        for step in range(version, schema.SCHEMA_VERSION):
+            for statement in schema.UPGRADES[step]:
+                connection.exec_driver_sql(statement)
+        schema.metadata.create_all(connection)  # whole tables that are new
+        connection.exec_driver_sql(f"PRAGMA user_version={schema.SCHEMA_VERSION}")
+
     def _version(self, connection: Connection) -> int:
-        """The database's schema version: this one's, or 0 if the database is empty. Raises `SchemaVersionError` for any other."""
+        """The database's schema version: this one's, an older one that can be upgraded, or 0 if the database is empty.
+
+        Raises `SchemaVersionError` for any other.
+        """
         version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-        if version == schema.SCHEMA_VERSION or (version == 0 and not inspect(connection).get_table_names()):
+        if (
+            version == schema.SCHEMA_VERSION
+            or version in schema.UPGRADES
+            or (version == 0 and not inspect(connection).get_table_names())
+        ):
             return version
         raise SchemaVersionError(
             f"{self.root / DATABASE} has schema version {version}, this OnTheFly writes {schema.SCHEMA_VERSION}: "

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from onthefly.control.commands import LoadCheckpoint
 from onthefly.errors import CheckpointNotFoundError, UnknownReferenceError
 from onthefly.hub.api.commands import CommandView, Key, Wait, give
-from onthefly.hub.api.common import LARGEST, Here, Id, View
+from onthefly.hub.api.common import LARGEST, AskerHere, Here, Id, View
 from onthefly.hub.stores import OpenStore
 from onthefly.store.queries import CheckpointRow
 
@@ -149,16 +149,16 @@ def check_checkpoint(store: Here, checkpoint: Id) -> CheckedView:
 
 
 @router.post("/{checkpoint}/pin")
-def pin_checkpoint(store: Here, checkpoint: Id, body: PinBody) -> CheckpointView:
+def pin_checkpoint(store: Here, checkpoint: Id, body: PinBody, asker: AskerHere) -> CheckpointView:
     """Keep a checkpoint whatever retention says, or let retention have it again."""
-    store.client.pin(str(_file_of(store, checkpoint).path), body.pinned)
+    store.client.through(asker.door, asker.name).pin(str(_file_of(store, checkpoint).path), body.pinned)
     return get_checkpoint(store, checkpoint)
 
 
 @router.delete("/{checkpoint}")
-def remove_checkpoint(store: Here, checkpoint: Id, force: bool = False) -> CheckpointView:
+def remove_checkpoint(store: Here, checkpoint: Id, asker: AskerHere, force: bool = False) -> CheckpointView:
     """Remove a checkpoint with its file; its row stays. `force` also removes the newest of its run."""
-    store.client.remove(str(_file_of(store, checkpoint).path), force=force)
+    store.client.through(asker.door, asker.name).remove(str(_file_of(store, checkpoint).path), force=force)
     return get_checkpoint(store, checkpoint)
 
 
@@ -167,9 +167,15 @@ def remove_checkpoint(store: Here, checkpoint: Id, force: bool = False) -> Check
     responses={202: {"model": CommandView, "description": "It is queued, and not answered yet."}},
 )
 async def load_checkpoint(
-    store: Here, checkpoint: Id, body: LoadBody, response: Response, wait: Wait = 0.0, key: Key = None
+    store: Here,
+    checkpoint: Id,
+    body: LoadBody,
+    response: Response,
+    asker: AskerHere,
+    wait: Wait = 0.0,
+    key: Key = None,
 ) -> CommandView:
     """Put the state of a checkpoint back into a live session, which goes on from there as a new run."""
     row = await run_in_threadpool(_file_of, store, checkpoint)
     command = LoadCheckpoint(path=str(row.path), hash=row.hash, name=body.name)
-    return await give(store, body.session, command, wait, key, response)
+    return await give(store, body.session, command, wait, key, response, asker)

@@ -8,14 +8,14 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Query, Response
+from fastapi import APIRouter, Body, Path, Query, Response
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
 from onthefly.control import commands
 from onthefly.control.commands import Command
 from onthefly.errors import InvalidCommandError, NoLiveSessionError, UnknownReferenceError
-from onthefly.hub.api.common import LARGEST, Here, Id, View, session_of
+from onthefly.hub.api.common import LARGEST, Asker, AskerHere, Here, Id, View, session_of
 from onthefly.hub.stores import OpenStore
 from onthefly.store import queries, schema
 from onthefly.store.queries import CommandRow
@@ -34,6 +34,9 @@ Key = Annotated[
         description="Names the command: sent twice under one key, it is carried out once.",
     ),
 ]
+
+
+Door = Literal["cli", "python", "dashboard", "api"]
 
 
 class Failure(View):
@@ -56,6 +59,9 @@ class CommandView(View):
     step: int | None
     epoch: int | None
     finished: float | None
+    door: str | None
+    asker: str | None
+    run: str | None
 
 
 def command_view(row: CommandRow) -> CommandView:
@@ -67,11 +73,17 @@ def command_view(row: CommandRow) -> CommandView:
 
 
 async def give(
-    store: OpenStore, session: int, command: Command, wait: float, key: str | None, response: Response
+    store: OpenStore,
+    session: int,
+    command: Command,
+    wait: float,
+    key: str | None,
+    response: Response,
+    asker: Asker,
 ) -> CommandView:
     """Queue a command, and wait so long for its answer. 202 while there is none. Raises as `Client.command`."""
     id = key or uuid.uuid4().hex
-    row = await run_in_threadpool(_queue, store, session, command, id)
+    row = await run_in_threadpool(_queue, store, session, command, id, asker)
     deadline = time.monotonic() + wait
     while row.status == "queued" and time.monotonic() < deadline:
         await asyncio.sleep(_POLL)
@@ -80,13 +92,15 @@ async def give(
     return command_view(row)
 
 
-def _queue(store: OpenStore, session: int, command: Command, id: str) -> CommandRow:
+def _queue(store: OpenStore, session: int, command: Command, id: str, asker: Asker) -> CommandRow:
     target = session_of(store, session)
     _check_paths(store, command)
     if not store.client.store.is_alive(target):
         store.client.store.recover(time.time())
         raise NoLiveSessionError(f"session {session} has ended; `onthefly resume` starts its run again")
-    store.client.store.insert_command(session, id, command.kind, command.model_dump(), time.time())
+    store.client.store.insert_command(
+        session, id, command.kind, command.model_dump(), time.time(), door=asker.door, asker=asker.name
+    )
     row = _found(store, id)
     if (row.session, row.kind, row.arguments) != (session, command.kind, command.model_dump(mode="json")):
         raise InvalidCommandError(f"another command was given under the key {id!r}")
@@ -125,11 +139,12 @@ def _path_for(command: type[Command]) -> Callable[..., Awaitable[CommandView]]:
         store: Here,
         session: Id,
         response: Response,
+        asker: AskerHere,
         body: Annotated[command, Body()] = default,  # type: ignore[valid-type]
         wait: Wait = 0.0,
         key: Key = None,
     ) -> CommandView:
-        return await give(store, session, body, wait, key, response)
+        return await give(store, session, body, wait, key, response, asker)
 
     endpoint.__doc__ = command.__doc__
     return endpoint
@@ -149,6 +164,15 @@ for _command in commands.COMMANDS:
         )
 
 
+@router.get("/schemas/{kind}")
+def get_schema(store: Here, kind: Annotated[str, Path(max_length=100)]) -> dict[str, Any]:
+    """The JSON schema of a command's arguments, for a form: what there is, within which bounds, and what it is by default."""
+    for command in commands.COMMANDS:
+        if command.kind == kind and kind not in _NOT_HERE:
+            return command.model_json_schema()
+    raise UnknownReferenceError(f"there is no command {kind!r}")
+
+
 @router.get("/commands/{command}")
 def get_command(store: Here, command: str) -> CommandView:
     """A command, with its answer when there is one."""
@@ -162,9 +186,15 @@ def get_commands(
     session: Annotated[int | None, Query(ge=0, le=LARGEST)] = None,
     status: Literal["queued", "done", "failed"] | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    kind: Annotated[str | None, Query(max_length=100)] = None,
+    door: Door | None = None,
+    before: Annotated[int | None, Query(ge=0, le=LARGEST, description="Those with a lower number.")] = None,
     without: Annotated[list[str], Query(max_length=20)] = [],  # noqa: B006  FastAPI copies it
 ) -> list[CommandView]:
-    """Commands, the newest first, but for some kinds."""
+    """Commands, the newest first: the audit trail of who asked for what, through which door, and what came of it.
+
+    The tables of a report are left out: `GET /reports/{id}` has them.
+    """
     table = schema.command
     wanted = select(table).order_by(table.c.number.desc()).limit(limit)
     if session is not None:
@@ -173,6 +203,18 @@ def get_commands(
         wanted = wanted.where(table.c.status == status)
     if without:
         wanted = wanted.where(table.c.kind.not_in(without))
+    if kind is not None:
+        wanted = wanted.where(table.c.kind == kind)
+    if door is not None:
+        wanted = wanted.where(table.c.door == door)
+    if before is not None:
+        wanted = wanted.where(table.c.number < before)
     with store.client.store.read() as connection:
         rows = [CommandRow(**row) for row in connection.execute(wanted).mappings()]
-    return [command_view(row) for row in rows]
+    return [_in_list(command_view(row)) for row in rows]
+
+
+def _in_list(view: CommandView) -> CommandView:
+    if view.kind != commands.ReportRun.kind or view.result is None:
+        return view
+    return view.model_copy(update={"result": {name: value for name, value in view.result.items() if name != "tables"}})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Path, Request
 from fastapi.responses import JSONResponse
@@ -95,6 +96,24 @@ def _store(stores: StoresHere, store: Annotated[str, Path(max_length=64)]) -> Op
 
 Here = Annotated[OpenStore, Depends(_store)]
 """The store that a path names."""
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Who sent a request, for the audit trail."""
+
+    door: Literal["dashboard", "api"]
+    """A page has a cookie; a program sends the token."""
+    name: str
+    """The address that it came from."""
+
+
+def _asker(request: Request) -> Asker:
+    bearer = request.headers.get("authorization", "").lower().startswith("bearer ")
+    return Asker("api" if bearer else "dashboard", request.client.host if request.client is not None else "")
+
+
+AskerHere = Annotated[Asker, Depends(_asker)]
 
 RunName = Annotated[str, Path(max_length=100)]
 

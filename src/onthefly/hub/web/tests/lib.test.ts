@@ -5,6 +5,7 @@ import { bytes, duration, number } from '../src/lib/format'
 import { descendants, folded, place, visible } from '../src/lib/layout'
 import { epochAt, markOf, marksOf } from '../src/lib/marks'
 import { condition, fuzzy, glob, nearest, smooth, ticks, typed, yRange } from '../src/lib/maths'
+import { bars, cell, since, verdict } from '../src/lib/reports'
 import type { Event, GraphEdge, GraphNode } from '../src/lib/types'
 
 function packed(columns: Record<string, Float64Array | Int32Array | string[]>, meta: unknown): ArrayBuffer {
@@ -274,5 +275,53 @@ describe('options of merging', () => {
     expect(misfit(strategy('ties', 1), 2, false, false)).toContain('base')
     expect(misfit(strategy('ties', 1), 2, false, true)).toBeNull()
     expect(misfit({ ...strategy('slerp', 1), needs: [], parents: 2 }, 3, false, true)).toBe('merges 2 parents')
+  })
+})
+
+describe('reports', () => {
+  const table = (drawn: string, unit: string, ...rows: (number | string | null)[][]) => ({
+    title: 'Sizes',
+    columns: [
+      { name: 'layer', unit: '' },
+      { name: 'size', unit },
+      { name: 'to', unit },
+    ],
+    rows,
+    drawn,
+    left_out: 0,
+  })
+
+  it('draws a bar for each row, and none for what is no number', () => {
+    expect(bars(table('log', '', ['a', 0.01], ['b', 1], ['c', 'NaN'], ['d', 0]))).toEqual([
+      [0, 0.02],
+      [0, 1],
+      null,
+      [0, 0],
+    ])
+    expect(bars(table('bars', 'share', ['a', 0.25], ['b', null]))).toEqual([[0, 0.25], null])
+    expect(bars(table('bars', '', ['a', -4], ['b', 2]))).toEqual([
+      [0, 1],
+      [0, 0.5],
+    ])
+    expect(bars(table('range', '', ['a', -1, 1], ['b', 0, 3]))).toEqual([
+      [0, 0.5],
+      [0.25, 0.75],
+    ])
+    expect(bars(table('log', '', ['a', 'NaN']))).toEqual([null])
+  })
+
+  it('says numbers by their unit, and counts in words', () => {
+    expect([
+      cell(0.0412, 's'),
+      cell(0.5, 'share'),
+      cell(0.0001, 'share'),
+      cell('Infinity', ''),
+      cell(null, 's'),
+    ]).toEqual(['41.2 ms', '50 %', '< 0.1 %', '∞', '–'])
+    expect(verdict({ error: 1, warning: 2, note: 0 })).toBe('1 error, 2 warnings')
+    expect(verdict({ error: 0, warning: 0, note: 0 })).toBe('nothing wrong')
+    const finding = { report: 'health', severity: 'note', what: '', where: '', evidence: {}, advice: '' } as const
+    expect(since({ ...finding, since: 5, before: true })).toBe('at or before step 5')
+    expect(since({ ...finding, since: 1200, before: false })).toBe('since step 1 200')
   })
 })

@@ -4,7 +4,8 @@ import { ApiError, commanded, get, inStore } from './api'
 import { live } from './live.svelte'
 import { colourAt } from './colours'
 import { number, plain, short } from './format'
-import type { Command, Event, Graph, Metric, Run, Session, Store } from './types'
+import { counted, verdict } from './reports'
+import type { Command, Event, Finding, Graph, Metric, Run, Session, Store } from './types'
 
 export const PAGES = [
   { id: 'overview', title: 'Overview', key: '1' },
@@ -13,7 +14,8 @@ export const PAGES = [
   { id: 'samples', title: 'Samples', key: '4' },
   { id: 'merge', title: 'Merge', key: '5' },
   { id: 'checkpoints', title: 'Checkpoints', key: '6' },
-  { id: 'log', title: 'Log', key: '7' },
+  { id: 'reports', title: 'Reports', key: '7' },
+  { id: 'log', title: 'Log', key: '8' },
 ] as const
 
 export type PageId = (typeof PAGES)[number]['id']
@@ -237,7 +239,7 @@ class App {
         this.toast('bad', `${TITLES[kind] ?? kind}: ${command.error?.message ?? 'failed'}`, 9)
         return null
       }
-      this.toast('good', outcome(command))
+      if (!this.showsItself(kind)) this.toast('good', outcome(command))
       return command
     } catch (error) {
       this.toast('bad', `${TITLES[kind] ?? kind}: ${said(error)}`, 9)
@@ -246,6 +248,11 @@ class App {
       this.pending = this.pending.filter((one) => one.id !== id)
       void this.refreshCommands()
     }
+  }
+
+  /** Whether the page that is open shows how far such a command is, and what comes of it. */
+  showsItself(kind: string): boolean {
+    return this.page === 'reports' && ['report', 'cancelReport'].includes(kind)
   }
 
   pauseOrResume(): void {
@@ -282,6 +289,8 @@ export const TITLES: Record<string, string> = {
   mergeRuns: 'Merge',
   switchRun: 'Switch',
   undo: 'Undo',
+  report: 'Report',
+  cancelReport: 'Cancel report',
 }
 
 /** What a command asked for, in few words. */
@@ -303,6 +312,7 @@ export function asked(command: Command): string {
   if (command.kind === 'subset' && a.recipe) parts.push(recipeText(a.recipe))
   if (command.kind === 'switchRun') parts.push(String(a.run))
   if (command.kind === 'testRun' || command.kind === 'scanSamples') parts.push(`${a.data} data`)
+  if (command.kind === 'report') parts.push(String(a.report))
   if (command.kind === 'loadCheckpoint' && a.hash) parts.push(short(String(a.hash)))
   if (command.kind === 'mergeRuns') {
     parts.push(`${(a.parents as unknown[]).length} parents`, String((a.strategies as string[]).join(', ')))
@@ -359,6 +369,10 @@ export function outcome(command: Command): string {
       return r.run
         ? `${r.run} merged by ${plain(r.strategy ?? r.committed ?? 'the best')}`
         : `${(r.candidates as unknown[])?.length ?? 0} merges judged`
+    case 'report':
+      return `Report on ${plain(r.kind)}: ${verdict(counted((r.findings ?? []) as Finding[]))}`
+    case 'cancelReport':
+      return 'The report ended early'
     case 'resetSession':
       return `Reset to the beginning`
     case 'stop':

@@ -122,6 +122,76 @@ export interface Command {
   step: number | null
   epoch: number | null
   finished: number | null
+  /** `cli`, `python`, `dashboard`, `api`; null where it was not recorded. */
+  door: string | null
+  asker: string | null
+  run: string | null
+}
+
+export type Severity = 'note' | 'warning' | 'error'
+
+export interface Finding {
+  report: string
+  severity: Severity
+  what: string
+  where: string
+  since: number | null
+  before: boolean
+  evidence: Record<string, number | string | null>
+  advice: string
+}
+
+export type Cell = number | string | null
+
+export interface ReportTable {
+  title: string
+  columns: { name: string; unit: string }[]
+  rows: Cell[][]
+  drawn: string
+  left_out: number
+}
+
+export interface Report {
+  kind: string
+  run: string
+  generation: number
+  step: number
+  epoch: number
+  live: boolean
+  first_step: number | null
+  last_step: number | null
+  checkpoint: string | null
+  checkpoint_step: number | null
+  findings: Finding[]
+  facts: string[]
+  missing: string[]
+  latest: Record<string, [number, number | string][]>
+  tables: ReportTable[]
+  worst: Severity | null
+}
+
+export interface ReportHead {
+  id: string
+  number: number
+  session: number
+  time: number
+  door: string | null
+  asker: string | null
+  kind: string
+  run: string
+  generation: number
+  step: number
+  epoch: number
+  first_step: number | null
+  last_step: number | null
+  counts: Record<Severity, number>
+  worst: Severity | null
+  first: Finding | null
+}
+
+export interface WholeReport extends ReportHead {
+  report: Report
+  checkpoints: { hash: string; step: number }[]
 }
 
 export interface Checkpoint {
