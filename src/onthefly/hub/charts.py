@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tsdownsample import MinMaxLTTBDownsampler
 
+from onthefly.hub import epochs
+from onthefly.hub.epochs import Epochs
 from onthefly.runs.lineage import Lineage
 from onthefly.store import charts, queries
 from onthefly.store.charts import Extent
@@ -20,7 +22,7 @@ from onthefly.store.queries import Series
 if TYPE_CHECKING:
     from onthefly.client import Client
 
-X = Literal["step", "time", "relative"]
+X = Literal["step", "epoch", "time", "relative"]
 Pair = tuple[str, str]
 """A run and a metric."""
 
@@ -64,6 +66,16 @@ class _Stretch:
 
 
 @dataclass(frozen=True)
+class _About:
+    """What a chart is made from, as it is now. `epochs` and `begins` are there if the chart's x needs them."""
+
+    paths: Mapping[str, tuple[_Stretch, ...]]
+    extents: Mapping[Pair, Extent]
+    epochs: Mapping[str, Epochs]
+    version: str
+
+
+@dataclass(frozen=True)
 class _Reading:
     """How a series is read."""
 
@@ -71,6 +83,25 @@ class _Reading:
     generations: tuple[int, ...]
     first: int | None
     last: int | None
+
+
+@dataclass(frozen=True)
+class _Places:
+    """What the x of a run's points is: their step, epoch, or time since `begin`."""
+
+    x: X
+    epochs: Epochs = Epochs()  # noqa: RUF009  it is a value
+    begin: float = 0.0
+
+    def of(self, series: Series) -> np.ndarray:
+        """x of each point; NaN where the epoch is not known."""
+        match self.x:
+            case "step":
+                return series.steps.astype(np.float64)
+            case "epoch":
+                return self.epochs.at(series.steps)
+            case _:
+                return series.times - self.begin
 
 
 class Charts:
@@ -83,22 +114,22 @@ class Charts:
         self._client = client
         self._drawn: OrderedDict[Question, Drawn] = OrderedDict()
         self._size = 0
-        self._lock = threading.Lock()  # guards the two above
+        self._epochs: tuple[object, Mapping[str, Epochs]] | None = None
+        self._lock = threading.Lock()  # guards the three above
 
     def versions(self, questions: Sequence[Question]) -> list[str]:
         """The present version of each chart, at the price of a look at an index."""
-        return [self._version(question, *self._about(question)) for question in questions]
+        return [self._about(question).version for question in questions]
 
     def draw(self, question: Question) -> Drawn:
         """The chart as it is now."""
-        paths, extents = self._about(question)
-        version = self._version(question, paths, extents)
+        about = self._about(question)
         with self._lock:
             kept = self._drawn.get(question)
-            if kept is not None and kept.version == version:
+            if kept is not None and kept.version == about.version:
                 self._drawn.move_to_end(question)
                 return kept
-        made = self._make(question, paths, extents, version)
+        made = self._make(question, about)
         with self._lock:
             old = self._drawn.pop(question, None)
             self._size += made.size - (old.size if old is not None else 0)
@@ -107,7 +138,20 @@ class Charts:
                 self._size -= self._drawn.popitem(last=False)[1].size
         return made
 
-    def _about(self, question: Question) -> tuple[dict[str, tuple[_Stretch, ...]], dict[Pair, Extent]]:
+    def epochs(self) -> Mapping[str, Epochs]:
+        """For every run, the epochs of the line of steps that led to its head."""
+        at = charts.positions(self._client.store)
+        with self._lock:
+            if self._epochs is not None and self._epochs[0] == at:
+                return self._epochs[1]
+        lineage = Lineage(self._client.runs())
+        begins = charts.epoch_begins(self._client.store)
+        found = {name: epochs.along(lineage.path(name), begins) for name in lineage.names}
+        with self._lock:
+            self._epochs = (at, found)
+        return found
+
+    def _about(self, question: Question) -> _About:
         runs = {run for run, _ in question.series}
         paths: dict[str, tuple[_Stretch, ...]] = {run: (_Stretch(run, None, None),) for run in runs}
         if question.joined:
@@ -119,57 +163,44 @@ class Charts:
                     _Stretch(s.run, s.first_step if s.first_step >= 0 else None, s.last_step) for s in segments
                 )
         involved = {stretch.run for path in paths.values() for stretch in path}
-        return paths, charts.extents(self._client.store, involved, {name for _, name in question.series})
-
-    def _version(
-        self, question: Question, paths: Mapping[str, tuple[_Stretch, ...]], extents: Mapping[Pair, Extent]
-    ) -> str:
+        extents = charts.extents(self._client.store, involved, {name for _, name in question.series})
+        by_run = self.epochs() if question.x == "epoch" else {}
         said = []
         for run, name in question.series:
+            if run in by_run:
+                said.append(by_run[run].version)
             for stretch in paths[run]:
                 extent = extents.get((stretch.run, name))
                 said.append(extent.version if extent is not None else "")
-        return ",".join(said)
+        return _About(paths, extents, by_run, ",".join(said))
 
-    def _make(
-        self,
-        question: Question,
-        paths: Mapping[str, tuple[_Stretch, ...]],
-        extents: Mapping[Pair, Extent],
-        version: str,
-    ) -> Drawn:
-        begins = self._beginnings(question, paths)
-        read = self._read(question, paths, extents, begins)
+    def _make(self, question: Question, about: _About) -> Drawn:
+        places = self._places(question, about)
+        read = self._read(question, about, places)
         found = [read.get(pair, (_EMPTY, 1)) for pair in question.series]
         lines = [
-            _line(series, question, begins[run]) for (run, _), (series, _) in zip(question.series, found, strict=True)
+            _line(series, question, places[run]) for (run, _), (series, _) in zip(question.series, found, strict=True)
         ]
         columns = gridded(lines, question) if question.grid else apart(lines, question.points)
-        about = [
-            {
-                "run": run,
-                "name": name,
-                "points": sum(e.points for s in paths[run] if (e := extents.get((s.run, name))) is not None),
-                "resolution": resolution,
-                "version": ",".join(e.version for s in paths[run] if (e := extents.get((s.run, name))) is not None),
-            }
-            for (run, name), (_, resolution) in zip(question.series, found, strict=True)
-        ]
-        return Drawn(columns, about, version)
+        told = []
+        for (run, name), (_, resolution) in zip(question.series, found, strict=True):
+            there = [e for s in about.paths[run] if (e := about.extents.get((s.run, name))) is not None]
+            points, version = sum(e.points for e in there), ",".join(e.version for e in there)
+            told.append({"run": run, "name": name, "points": points, "resolution": resolution, "version": version})
+        return Drawn(columns, told, about.version)
 
-    def _beginnings(self, question: Question, paths: Mapping[str, tuple[_Stretch, ...]]) -> dict[str, float]:
-        """What `relative` counts from: when the first run on each line was made."""
+    def _places(self, question: Question, about: _About) -> dict[str, _Places]:
+        """For each run, what its points' x is. `relative` counts from when the first run on a line was made."""
         if question.x != "relative":
-            return dict.fromkeys(paths, 0.0)
+            return {run: _Places(question.x, about.epochs.get(run, Epochs())) for run in about.paths}
         created = {row.name: row.created for row in self._client.runs()}
-        return {run: created.get(path[0].run, 0.0) for run, path in paths.items()}
+        return {run: _Places("time", begin=created.get(path[0].run, 0.0)) for run, path in about.paths.items()}
 
     def _read(
         self,
         question: Question,
-        paths: Mapping[str, tuple[_Stretch, ...]],
-        extents: Mapping[Pair, Extent],
-        begins: Mapping[str, float],
+        about: _About,
+        places: Mapping[str, _Places],
     ) -> dict[Pair, tuple[Series, int]]:
         """Every series that is asked for, fine enough for its chart, and at which resolution it was read."""
         parts: dict[Pair, list[tuple[Series, int]]] = {}
@@ -183,11 +214,13 @@ class Charts:
         readings: dict[_Reading, dict[str, set[str]]] = {}
         pieces: list[tuple[Pair, _Stretch, _Reading]] = []
         for run, names in wanted.items():
-            for stretch in paths[run]:
-                there = {name: extent for name in names if (extent := extents.get((stretch.run, name))) is not None}
+            for stretch in about.paths[run]:
+                there = {
+                    name: extent for name in names if (extent := about.extents.get((stretch.run, name))) is not None
+                }
                 if not there:
                     continue
-                low, high = self._bounds(question, stretch, there, begins[run])
+                low, high = self._bounds(question, stretch, there, places[run])
                 share = _share(heads.get(stretch.run, 1), low, high)
                 for name, extent in there.items():
                     resolution = coarseness(int(extent.points * share), question.points)
@@ -223,16 +256,18 @@ class Charts:
         return found
 
     def _bounds(
-        self, question: Question, stretch: _Stretch, there: Mapping[str, Extent], begin: float
+        self, question: Question, stretch: _Stretch, there: Mapping[str, Extent], places: _Places
     ) -> tuple[int | None, int | None]:
         """The steps between which a run is read. Those of a time are found in a coarse copy of its longest series."""
         low, high = question.low, question.high
-        if question.x != "step" and (low is not None or high is not None):
+        if question.x == "epoch":
+            low, high = places.epochs.steps(low, high)
+        elif question.x != "step" and (low is not None or high is not None):
             name = max(there, key=lambda name: there[name].points)
             coarse = coarseness(there[name].points, question.points)
             reading = _Reading(coarse, there[name].generations, None, None)
             probe = self._all(reading, {name: {stretch.run}})[stretch.run, name]
-            x, steps = probe.times - begin, probe.steps
+            x, steps = places.of(probe), probe.steps
             before = np.flatnonzero(x < low) if low is not None else np.empty(0, np.int64)
             behind = np.flatnonzero(x > high) if high is not None else np.empty(0, np.int64)
             low = float(steps[before[-1]]) if len(before) else None
@@ -330,13 +365,11 @@ def _first(where: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return found
 
 
-def _line(series: Series, question: Question, begin: float) -> tuple[np.ndarray, np.ndarray]:
+def _line(series: Series, question: Question, places: _Places) -> tuple[np.ndarray, np.ndarray]:
     """x and y, sorted by x, without what lies outside, but for one point at each end. Of equal x the last one counts."""
-    if question.x == "step":
-        x = series.steps.astype(np.float64)
-    else:
-        x = series.times - begin if question.x == "relative" else series.times
-    y = series.values
+    x, y = places.of(series), series.values
+    if len(x) and np.isnan(x[0]):  # of a run whose epochs are not known
+        return _EMPTY.values, _EMPTY.values
     if np.any(x[1:] < x[:-1]):
         order = x.argsort(kind="stable")
         x, y = x[order], y[order]

@@ -65,6 +65,48 @@ def spans(store: Store, run: str | None = None) -> dict[tuple[str, str], tuple[i
         return {(row[0], row[1]): (int(row[2]), int(row[3]), int(row[4])) for row in connection.execute(wanted)}
 
 
+@dataclass(frozen=True, slots=True)
+class EpochBegin:
+    """The step that an epoch of a run began at, and of how many batches it and those after it are, if that is known."""
+
+    step: int
+    epoch: int
+    batches: int | None
+
+
+def epoch_begins(store: Store) -> dict[str, list[EpochBegin]]:
+    """For every run, what its sessions have recorded of its epochs, in the order of steps, on its trajectory as it now stands."""
+    table = schema.event
+    wanted = select(table.c.run, table.c.generation, table.c.kind, table.c.step, table.c.epoch, table.c.data)
+    wanted = wanted.where(table.c.run.in_(select(schema.run.c.name)))  # what leads SQLite to its index
+    wanted = wanted.where(table.c.kind.in_(("epochLength", "generation")))
+    with store.read() as connection:
+        rows = connection.execute(wanted).all()
+    resets: dict[str, list[tuple[int, int]]] = {}
+    for row in rows:
+        if row.kind == "generation":
+            resets.setdefault(row.run, []).append((row.generation, int(row.data["from"])))
+    found: dict[str, list[tuple[int, int, int, int | None]]] = {}
+    for row in rows:
+        hidden = any(row.generation < newer and row.step > last for newer, last in resets.get(row.run, ()))
+        if row.kind == "epochLength" and not hidden:
+            about = (row.step, row.epoch, row.generation, row.data.get("batches"))
+            found.setdefault(row.run, []).append(about)
+    return {
+        run: [EpochBegin(step, epoch, batches) for step, epoch, _, batches in sorted(of, key=lambda begin: begin[:3])]
+        for run, of in found.items()
+    }
+
+
+def positions(store: Store) -> tuple[tuple[int, int], ...]:
+    """The number of the last event of every session that has any: another one whenever something has happened."""
+    event, session = schema.event, schema.session
+    newest = select(func.max(event.c.seq)).where(event.c.session == session.c.id).scalar_subquery()
+    with store.read() as connection:
+        rows = connection.execute(select(session.c.id, newest).order_by(session.c.id))
+        return tuple((int(id), int(seq)) for id, seq in rows if seq is not None)
+
+
 def last_values(store: Store, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """For every run, the last value of each of those metrics that it has."""
     table = schema.metric_chunk
