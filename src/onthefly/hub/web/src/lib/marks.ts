@@ -59,14 +59,13 @@ export function marksOf(events: Event[], runs: Run[], shown: string[]): Mark[] {
 
 export type Anchor = [step: number, epoch: number]
 
-/** The epoch of a step, as a number with a fraction, from steps at which epochs are known to have ended. */
+/** The epoch of a step, with its fraction, from steps whose epochs are known; NaN where none is. */
 export function epochAt(anchors: Anchor[], step: number): number {
-  if (anchors.length < 2)
-    return anchors.length === 1 && anchors[0][0] > 0 ? (step * anchors[0][1]) / anchors[0][0] : step
-  let high = anchors.findIndex(([at]) => at >= step)
-  if (high < 0) high = anchors.length - 1
-  if (high === 0) high = 1
+  if (anchors.length === 0) return NaN
+  const high = anchors.findIndex(([at]) => at >= step)
+  if (high < 0) return anchors[anchors.length - 1][1]
+  if (high === 0) return anchors[0][1]
   const [s0, e0] = anchors[high - 1]
   const [s1, e1] = anchors[high]
-  return s1 === s0 ? e1 : e0 + ((step - s0) * (e1 - e0)) / (s1 - s0)
+  return e0 + ((step - s0) * (e1 - e0)) / (s1 - s0)
 }
