@@ -52,7 +52,7 @@ def test_a_spike_survives_any_reduction(many):
 
 def test_coarse_data_is_read_for_the_whole_and_fine_data_for_a_zoom(many):
     whole = many.draw(Question((("baseline", "loss"),), 200))
-    assert whole.series[0]["resolution"] == 64
+    assert whole.series[0]["resolution"] == 256
     zoomed = many.draw(Question((("baseline", "loss"),), 200, low=31_000, high=31_050))
     assert zoomed.series[0]["resolution"] == 1
     x = zoomed.columns["x"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,8 +66,8 @@ class _Stretch:
 
 
 @dataclass(frozen=True)
-class _About:
-    """What a chart is made from, as it is now. `epochs` and `begins` are there if the chart's x needs them."""
+class About:
+    """What a chart is made from, as it is now. `version` is another one when that is. `epochs` are there if x needs them."""
 
     paths: Mapping[str, tuple[_Stretch, ...]]
     extents: Mapping[Pair, Extent]
@@ -117,13 +117,25 @@ class Charts:
         self._epochs: tuple[object, Mapping[str, Epochs]] | None = None
         self._lock = threading.Lock()  # guards the three above
 
-    def versions(self, questions: Sequence[Question]) -> list[str]:
-        """The present version of each chart, at the price of a look at an index."""
-        return [self._about(question).version for question in questions]
+    def warm(self) -> None:
+        """Make ready what the first chart would otherwise wait for: a connection, and the statements. Raises `StoreError`."""
+        self.look([Question((("", ""),))])
+        for resolution in (1, *RESOLUTIONS):
+            charts.read(self._client.store, [""], [""], generations=[0], resolution=resolution, timed=False)
 
-    def draw(self, question: Question) -> Drawn:
-        """The chart as it is now."""
-        about = self._about(question)
+    def look(self, questions: Sequence[Question]) -> list[About]:
+        """What each chart would be made from now, at the price of a look at an index for all of them."""
+        runs = {run for question in questions for run, _ in question.series}
+        joined = self._paths(runs) if any(question.joined for question in questions) else {}
+        involved = runs | {stretch.run for path in joined.values() for stretch in path}
+        names = {name for question in questions for _, name in question.series}
+        extents = charts.extents(self._client.store, involved, names)
+        by_run = self.epochs() if any(question.x == "epoch" for question in questions) else {}
+        return [self._about(question, joined if question.joined else {}, extents, by_run) for question in questions]
+
+    def draw(self, question: Question, about: About | None = None) -> Drawn:
+        """The chart as it is now, or as `look` has found it."""
+        about = about or self.look([question])[0]
         with self._lock:
             kept = self._drawn.get(question)
             if kept is not None and kept.version == about.version:
@@ -151,30 +163,35 @@ class Charts:
             self._epochs = (at, found)
         return found
 
-    def _about(self, question: Question) -> _About:
-        runs = {run for run, _ in question.series}
-        paths: dict[str, tuple[_Stretch, ...]] = {run: (_Stretch(run, None, None),) for run in runs}
-        if question.joined:
-            rows = self._client.runs()
-            lineage, known = Lineage(rows), {row.name for row in rows}
-            for run in runs & known:
-                segments = lineage.path(run)
-                paths[run] = tuple(
-                    _Stretch(s.run, s.first_step if s.first_step >= 0 else None, s.last_step) for s in segments
-                )
-        involved = {stretch.run for path in paths.values() for stretch in path}
-        extents = charts.extents(self._client.store, involved, {name for _, name in question.series})
-        by_run = self.epochs() if question.x == "epoch" else {}
+    def _paths(self, runs: Set[str]) -> dict[str, tuple[_Stretch, ...]]:
+        """For each of the runs that there are, the line that leads to its head."""
+        rows = self._client.runs()
+        lineage, known = Lineage(rows), {row.name for row in rows}
+        return {
+            run: tuple(
+                _Stretch(s.run, s.first_step if s.first_step >= 0 else None, s.last_step) for s in lineage.path(run)
+            )
+            for run in runs & known
+        }
+
+    def _about(
+        self,
+        question: Question,
+        joined: Mapping[str, tuple[_Stretch, ...]],
+        extents: Mapping[Pair, Extent],
+        by_run: Mapping[str, Epochs],
+    ) -> About:
+        paths = {run: joined.get(run, (_Stretch(run, None, None),)) for run, _ in question.series}
         said = []
         for run, name in question.series:
-            if run in by_run:
+            if question.x == "epoch" and run in by_run:
                 said.append(by_run[run].version)
             for stretch in paths[run]:
                 extent = extents.get((stretch.run, name))
                 said.append(extent.version if extent is not None else "")
-        return _About(paths, extents, by_run, ",".join(said))
+        return About(paths, extents, by_run, ",".join(said))
 
-    def _make(self, question: Question, about: _About) -> Drawn:
+    def _make(self, question: Question, about: About) -> Drawn:
         places = self._places(question, about)
         read = self._read(question, about, places)
         found = [read.get(pair, (_EMPTY, 1)) for pair in question.series]
@@ -189,7 +206,7 @@ class Charts:
             told.append({"run": run, "name": name, "points": points, "resolution": resolution, "version": version})
         return Drawn(columns, told, about.version)
 
-    def _places(self, question: Question, about: _About) -> dict[str, _Places]:
+    def _places(self, question: Question, about: About) -> dict[str, _Places]:
         """For each run, what its points' x is. `relative` counts from when the first run on a line was made."""
         if question.x != "relative":
             return {run: _Places(question.x, about.epochs.get(run, Epochs())) for run in about.paths}
@@ -199,7 +216,7 @@ class Charts:
     def _read(
         self,
         question: Question,
-        about: _About,
+        about: About,
         places: Mapping[str, _Places],
     ) -> dict[Pair, tuple[Series, int]]:
         """Every series that is asked for, fine enough for its chart, and at which resolution it was read."""
@@ -227,7 +244,8 @@ class Charts:
                     reading = _Reading(resolution, extent.generations, low, high)
                     readings.setdefault(reading, {}).setdefault(name, set()).add(stretch.run)
                     pieces.append(((run, name), stretch, reading))
-        got = {reading: self._all(reading, by_name) for reading, by_name in readings.items()}
+        timed = question.x in ("time", "relative")
+        got = {reading: self._all(reading, by_name, timed) for reading, by_name in readings.items()}
         for (run, name), stretch, reading in pieces:
             series = got[reading].get((stretch.run, name))
             if series is not None:
@@ -237,7 +255,7 @@ class Charts:
             for pair, found in parts.items()
         }
 
-    def _all(self, reading: _Reading, by_name: Mapping[str, set[str]]) -> dict[Pair, Series]:
+    def _all(self, reading: _Reading, by_name: Mapping[str, set[str]], timed: bool = True) -> dict[Pair, Series]:
         """Series that are read in the same way; metrics of the same runs by one statement."""
         together: dict[frozenset[str], list[str]] = {}
         for name, runs in by_name.items():
@@ -252,6 +270,7 @@ class Charts:
                 resolution=reading.resolution,
                 first=reading.first,
                 last=reading.last,
+                timed=timed,
             )
         return found
 
@@ -295,7 +314,7 @@ def coarseness(stored: int, points: int) -> int:
 def gridded(lines: Sequence[tuple[np.ndarray, np.ndarray]], question: Question) -> dict[str, np.ndarray]:
     """One x column for all lines: every x that occurs when they are few, otherwise buckets with two places each."""
     longest = max((len(x) for x, _ in lines), default=0)
-    every = np.unique(np.concatenate([x for x, _ in lines])) if longest <= question.points else None
+    every = _sorted_once(np.concatenate([x for x, _ in lines])) if longest <= question.points else None
     if every is not None and len(every) <= question.points:
         columns = {"x": every.astype(np.float64)}
         for number, (x, y) in enumerate(lines):
@@ -356,6 +375,13 @@ def downsampled(x: np.ndarray, y: np.ndarray, points: int) -> np.ndarray:
             )
         ]
     return np.union1d(kept, strange[:: max(1, len(strange) // _STRANGE)])
+
+
+def _sorted_once(values: np.ndarray) -> np.ndarray:
+    """As `np.unique`, which would first load what a hub never needs."""
+    values = np.sort(values)
+    found: np.ndarray = values[np.append(True, values[1:] != values[:-1])] if len(values) else values
+    return found
 
 
 def _first(where: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -39,13 +40,22 @@ class Epochs:
         return found
 
     def steps(self, low: float | None, high: float | None) -> tuple[float | None, float | None]:
-        """The steps of two epochs; None is no bound."""
+        """The steps between which all lies that is between two epochs; None is no bound."""
         if not self.knots:
             return None, None
-        known, epochs = self._columns
-        first = None if low is None or low <= epochs[0] else float(np.interp(low, epochs, known))
-        last = None if high is None or high >= epochs[-1] else float(np.interp(high, epochs, known))
+        _, epochs = self._columns
+        first = None if low is None or low <= epochs[0] else self._step(low, "left")
+        last = None if high is None or high >= epochs[-1] else self._step(high, "right")
         return first, last
+
+    def _step(self, epoch: float, side: Literal["left", "right"]) -> float:
+        """The first or the last step of an epoch, which is not before all."""
+        known, epochs = self._columns
+        at = int(np.searchsorted(epochs, epoch, side))
+        if at == len(epochs):
+            return float(known[-1])
+        share = (epoch - epochs[at - 1]) / (epochs[at] - epochs[at - 1])
+        return float(known[at - 1] + share * (known[at] - known[at - 1]))
 
     @cached_property
     def _columns(self) -> np.ndarray:

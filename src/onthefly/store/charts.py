@@ -134,9 +134,11 @@ def read(
     resolution: int = 1,
     first: int | None = None,
     last: int | None = None,
+    timed: bool = True,
 ) -> dict[tuple[str, str], Series]:
     """Some metrics of some runs, between two steps, at a resolution as in `queries.series`. What there is not is not in the answer.
 
+    Without `timed` times are not read, where that saves anything, and are NaN there.
     `generations` are those that have points of them. Runs that were reset are read series by series: one generation hides
     parts of another.
     """
@@ -147,8 +149,8 @@ def read(
     with store.read() as connection:
         for some in _batches(sorted(runs)):
             for others in _batches(sorted(names)):
-                wanted = _wanted(some, others, generations, resolution, first, last)
-                for row in connection.execute(wanted):
+                wanted = _wanted(some, others, generations, resolution, first, last, timed)
+                for row in connection.execute(wanted).all():
                     rows.setdefault((row[0], row[1]), []).append(row[2:])
     return {key: _between(_series(found, resolution), first, last) for key, found in rows.items()}
 
@@ -160,11 +162,15 @@ def _wanted(
     resolution: int,
     first: int | None,
     last: int | None,
+    timed: bool,
 ) -> Select[Any]:
     """Of each chunk its run, name, id, and its rollup or else its points. They come in any order: SQLite would sort blobs."""
     table = schema.metric_chunk
-    rollup: ColumnElement[Any] = table.c[f"rollup_{resolution}"] if resolution > 1 else null()
-    columns = [case((rollup.is_(None), table.c[name])) for name in ("steps", "values", "times")]
+    columns: list[ColumnElement[Any]] = [table.c.steps, table.c["values"], table.c.times if timed else null()]
+    rollup: ColumnElement[Any] = null()
+    if resolution > 1:
+        rollup = table.c[f"rollup_{resolution}"]
+        columns = [case((rollup.is_(None), column)) for column in columns]
     wanted = select(table.c.run, table.c.name, table.c.id, rollup, *columns)
     wanted = wanted.where(table.c.run.in_(runs), table.c.name.in_(names), table.c.generation.in_(sorted(generations)))
     if first is not None:
@@ -179,9 +185,11 @@ def _series(rows: list[Any], resolution: int) -> Series:
     rows.sort(key=lambda row: row[0])
     coarse = np.frombuffer(b"".join(row[1] for row in rows if row[1] is not None), points.POINT)
     fine = [
-        np.frombuffer(b"".join(row[place] for row in rows if row[1] is None), kind)
+        np.frombuffer(b"".join(row[place] for row in rows if row[place] is not None), kind)
         for place, kind in ((2, "<i8"), (3, "<f8"), (4, "<f8"))
     ]
+    if len(fine[2]) < len(fine[1]):  # they were not read
+        fine[2] = np.broadcast_to(np.nan, len(fine[1]))
     if resolution > 1 and len(fine[1]):
         places = points.extreme_places(fine[1], resolution)
         fine = [column[places] for column in fine]

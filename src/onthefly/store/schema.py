@@ -21,7 +21,7 @@ from sqlalchemy import (
     Table,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 metadata = MetaData()
 
@@ -171,7 +171,8 @@ metric_chunk = Table(
     # What is left of a full chunk at a lower resolution, as packed points (step, value, time). These stand before the points
     # themselves: SQLite comes to what is behind them only through every page of them.
     Column("rollup_4096", LargeBinary),
-    Column("rollup_64", LargeBinary),
+    Column("rollup_256", LargeBinary),
+    Column("rollup_16", LargeBinary),
     # Packed columns of the points, in the order in which they were recorded: <i8, <f8, <f8.
     Column("steps", LargeBinary, nullable=False),
     Column("values", LargeBinary, nullable=False),
