@@ -241,7 +241,9 @@ class Charts:
                 share = _share(heads.get(stretch.run, 1), low, high)
                 for name, extent in there.items():
                     resolution = coarseness(int(extent.points * share), question.points)
-                    reading = _Reading(resolution, extent.generations, low, high)
+                    # Few points are read all, so that a line goes on to the edges of the picture however far the next one is.
+                    edges = (low, high) if extent.points > question.points else (None, None)
+                    reading = _Reading(resolution, extent.generations, *edges)
                     readings.setdefault(reading, {}).setdefault(name, set()).add(stretch.run)
                     pieces.append(((run, name), stretch, reading))
         timed = question.x in ("time", "relative")

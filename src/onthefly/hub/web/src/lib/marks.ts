@@ -52,9 +52,21 @@ export function marksOf(events: Event[], runs: Run[], shown: string[]): Mark[] {
   const found: Mark[] = []
   for (const event of events) {
     const mark = markOf(event)
-    if (mark && wanted.has(mark.run)) found.push(mark)
+    if (!mark) continue
+    if (wanted.has(mark.run)) found.push(mark)
+    else if (mark.kind === 'branch' && Array.isArray(event.data.parents)) {
+      const parent = event.data.parents.find((name) => typeof name === 'string' && wanted.has(name))
+      if (parent) found.push({ ...mark, run: parent, text: `${mark.run}, ${mark.text}` })
+    }
   }
   return found
+}
+
+/** What time since the start counts from on a run's curve: when it was made or, joined, its first ancestor. */
+export function began(runs: Run[], name: string, joined: boolean): number | undefined {
+  const run = runs.find((one) => one.name === name)
+  const parent = joined ? run?.parents[0] : undefined
+  return parent ? (began(runs, parent.run, true) ?? run?.created) : run?.created
 }
 
 export type Anchor = [step: number, epoch: number]
