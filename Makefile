@@ -54,9 +54,9 @@ test-long: .venv/stamp
 	$(BIN)/python -m pytest -q -m long $(TEST_ARGS)
 
 # Every benchmark runs, also after one has missed its target.
-bench: .venv/stamp
+bench: .venv/stamp web
 	@failed=0; for name in start_up log_call step_overhead pause_latency checkpoint sample_selectors dynamics scan fork fisher merge \
-		reports hub; do \
+		reports hub browser; do \
 		$(BIN)/python benchmarks/$$name.py || failed=1; done; exit $$failed
 
 # The README's pictures of the dashboard. They need a Chromium.

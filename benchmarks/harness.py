@@ -61,12 +61,14 @@ class Report:
         shown = f"{value:.3g}" if isinstance(value, float) else str(value)
         print(f"   {name:<52} {shown} {unit}".rstrip())
 
-    def judge(self, name: str, value: float, limit: float, unit: str = "") -> None:
+    def judge(self, name: str, value: float, limit: float, unit: str = "", *, least: bool = False) -> None:
+        """Hold a figure against its target: at most `limit`, or at least."""
         self._figures[name] = value
-        met = value <= limit
+        met = value >= limit if least else value <= limit
         if not met:
             self._missed.append(name)
-        print(f"   {name:<52} {value:.3g} {unit}  (target: at most {limit:g}{'' if met else ', MISSED'})")
+        target = f"target: at {'least' if least else 'most'} {limit:g}"
+        print(f"   {name:<52} {value:.3g} {unit}  ({target}{'' if met else ', MISSED'})", flush=True)
 
     def end(self) -> None:
         print(json.dumps({"benchmark": self._name, "figures": self._figures, "missed": self._missed}), flush=True)

@@ -37,6 +37,7 @@ from onthefly.control.changes import Changed, Changes
 from onthefly.control.checkpointer import Checkpointer
 from onthefly.control.gate import Gate, Request
 from onthefly.control.gradients import GradientWatch
+from onthefly.control.history import Line
 from onthefly.control.merges import Merges
 from onthefly.control.provenance import Provenance
 from onthefly.control.recorder import Recorder
@@ -179,6 +180,9 @@ class Session:
         self._save_when_paused = False
         self._due_save: str | None = None  # one that waits for pending gradients to be used
         self._leaving: tuple[str, int] | None = None
+        self._epoch_length: tuple[Line, int | None, int, int] | None = (
+            None  # as recorded last: of which line, batches, step, epoch
+        )
         self._epochs: int | None = None  # how many the loop that is under way was told to do
         self._attend_at: float = 0  # the next step with something to do, whether or not the gate is raised
         try:
@@ -251,6 +255,7 @@ class Session:
                     self._boundary("epoch" if ended and self._config.ckpt_every_epoch else None)
                 if self._epochs_are_over() or self._steps_are_over():
                     break
+                self._say_epoch_length(loader)
                 self._in_body, self._body_epoch = True, self.epoch
                 yield self.epoch
                 self._in_body = False
@@ -281,6 +286,7 @@ class Session:
                 break
             if not loader.under_way:
                 loader.set_epoch(self.epoch)
+            self._say_epoch_length(loader)
             yield from self._batches(loader)
             ended = self._end_epoch_if_done()
         self._finish()
@@ -457,6 +463,17 @@ class Session:
             return False
         self._end_epoch()
         return True
+
+    def _say_epoch_length(self, loader: ExactLoader) -> None:
+        """Where an epoch begins: record how many batches it has, unless all was as was said before. Charts by epoch stand on it."""
+        if loader.under_way or self.step < self._history.head:
+            return
+        said = (self._history.line, loader.batches, self.step, self.epoch)
+        line, batches, step, epoch = self._epoch_length or (None, None, 0, 0)
+        expected = batches is not None and self.step == step + (self.epoch - epoch) * batches
+        if not (expected and (line, batches) == said[:2]):
+            self._epoch_length = said
+            self.record("epochLength", batches=loader.batches)
 
     def _end_epoch(self) -> None:
         loader = self._needed_loader()

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onthefly
-from onthefly.hub import charts, columns
+from onthefly.hub import charts, columns, epochs
 from onthefly.hub.charts import Charts, Question
+from onthefly.runs.lineage import START, Segment
 from onthefly.store import projection
+from onthefly.store.charts import EpochBegin
 from onthefly.store.journal import Journal
 from onthefly.store.store import Store
 
@@ -50,7 +52,7 @@ def test_a_spike_survives_any_reduction(many):
 
 def test_coarse_data_is_read_for_the_whole_and_fine_data_for_a_zoom(many):
     whole = many.draw(Question((("baseline", "loss"),), 200))
-    assert whole.series[0]["resolution"] == 64
+    assert whole.series[0]["resolution"] == 256
     zoomed = many.draw(Question((("baseline", "loss"),), 200, low=31_000, high=31_050))
     assert zoomed.series[0]["resolution"] == 1
     x = zoomed.columns["x"]
@@ -97,6 +99,95 @@ def test_what_there_is_not_is_a_gap(many):
     assert len(drawn.columns["x"]) == 0
     for grid in (True, False):
         assert all(len(c) == 0 for c in many.draw(Question((("nobody", "x"),), 100, grid=grid)).columns.values())
+
+
+def test_epochs_are_an_axis_of_a_real_session(own_store):
+    import torch
+
+    model = torch.nn.Linear(2, 1)
+    data = torch.utils.data.TensorDataset(torch.zeros(10, 2), torch.zeros(10, 1))
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    config = onthefly.SessionConfig(store=own_store, ckpt_every_epoch=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with onthefly.attach(model, optimizer, train_loader=loader, config=config) as session:
+        for _ in session.epochs(3):
+            for inputs, targets in session:
+                loss = (model(inputs) - targets).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                session.log(loss=loss)
+            session.log(val_loss=0.5)
+
+    with onthefly.connect(own_store) as client:
+        drawn = Charts(client)
+        x = drawn.draw(Question(((session.run, "loss"),), 100, x="epoch")).columns["x"]
+        np.testing.assert_allclose(x, np.arange(1, 16) / 5)
+        ends = drawn.draw(Question(((session.run, "val_loss"),), 100, x="epoch")).columns["x"]
+        assert ends.tolist() == [1.0, 2.0, 3.0]
+        zoomed = drawn.draw(Question(((session.run, "loss"),), 100, x="epoch", low=1.0, high=2.0)).columns["x"]
+        np.testing.assert_allclose(zoomed, np.arange(4, 12) / 5)
+        assert [row.data for row in client.events(kinds=["epochLength"])] == [{"batches": 5}]
+
+
+def test_a_run_without_epochs_has_no_place_on_their_axis(many):
+    drawn = many.draw(Question((("baseline", "loss"),), 100, x="epoch"))
+    assert len(drawn.columns["x"]) == 0
+    assert drawn.series[0]["points"] == 50_000
+
+
+lengths = st.lists(st.integers(1, 50), min_size=1, max_size=8)
+
+
+def recorded(first, epoch, of, told):
+    """What a session records of epochs of these lengths, and where each began. One is told only if it was not to be expected."""
+    bounds = first + np.cumsum([0, *of])
+    every = [EpochBegin(int(s), epoch + n, length) for n, (s, length) in enumerate(zip(bounds, of, strict=False))]
+    if not told:
+        return [EpochBegin(b.step, b.epoch, None) for b in every], bounds
+    return [b for n, b in enumerate(every) if n == 0 or b.batches != every[n - 1].batches], bounds
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths, lengths, st.data(), st.booleans())
+def test_a_fork_counts_epochs_on_from_where_it_left_its_parent(parent, rest, data, told):
+    """The parent's epochs have these lengths, and the fork's other ones, from the middle of an epoch on."""
+    begins, bounds = recorded(0, 0, parent, told)
+    branch = data.draw(st.integers(0, int(bounds[-1]) - 1))
+    under_way = int(np.searchsorted(bounds, branch, "right")) - 1
+    own, later = recorded(branch + data.draw(st.integers(1, 50)), under_way + 1, rest, told)
+    found = {"parent": begins, "fork": own}
+    root = epochs.along([Segment("parent", START, None)], found)
+    fork = epochs.along([Segment("parent", START, branch), Segment("fork", branch, None)], found)
+
+    if told or len(parent) > 1:
+        np.testing.assert_allclose(root.at(bounds[: len(parent)]), np.arange(len(parent)))
+        before = np.arange(branch + 1)
+        np.testing.assert_allclose(fork.at(before), root.at(before))
+    if told or len(parent) + len(rest) > 2:
+        np.testing.assert_allclose(fork.at(later[: len(rest)]), under_way + 1 + np.arange(len(rest)))
+    for line in (root, fork):
+        every = line.at(np.arange(300))
+        assert not line.knots or np.all(np.diff(every) >= 0)
+        at = data.draw(st.integers(0, 299))
+        low, high = line.steps(every[at], every[at])
+        assert low is None or low <= at + 1e-6
+        assert high is None or high >= at - 1e-6
+        assert not told or every[at] == 0 or (low == pytest.approx(at) and high == pytest.approx(at))
+
+
+def test_an_epoch_that_was_left_early_is_short_and_no_other_is():
+    begins = [EpochBegin(0, 0, 10), EpochBegin(34, 4, 10)]
+    line = epochs.along([Segment("run", START, None)], {"run": begins})
+    assert line.at(np.array([5, 10, 30, 32, 34, 44])).tolist() == [0.5, 1.0, 3.0, 3.5, 4.0, 5.0]
+
+
+def test_without_a_length_an_epoch_is_known_when_it_has_ended():
+    of = [Segment("run", START, None)]
+    assert epochs.along(of, {"run": [EpochBegin(0, 0, None)]}).knots == ()
+    assert np.isnan(epochs.Epochs().at(np.arange(3))).all()
+    line = epochs.along(of, {"run": [EpochBegin(0, 0, None), EpochBegin(8, 1, None)]})
+    assert line.at(np.array([4, 8, 12])).tolist() == [0.5, 1.0, 1.5]
 
 
 values = st.floats(width=32) | st.just(float("nan"))

@@ -226,7 +226,7 @@ def projected(folder, pieces):
         queries.run(store, "baseline").status,
     ]
     for name in queries.metric_names(store, "baseline"):
-        for resolution in (1, 64, 4096):
+        for resolution in (1, 16, 256, 4096):
             series = queries.series(store, "baseline", name, resolution=resolution)
             found.append((name, resolution, *(part.tobytes() for part in (series.steps, series.values, series.times))))
     store.close()

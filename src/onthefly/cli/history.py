@@ -187,6 +187,7 @@ def _lost(data: dict[str, Any]) -> str:
 
 _WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sessionStarted": _started,
+    "epochLength": lambda data: f"epochs of {data.get('batches') or 'unknown numbers of'} batches",
     "newRun": lambda data: _line("new run", {name: item for name, item in data.items() if item != "root"}),
     "runTransition": lambda data: f"{data.get('reason', 'went')}: from {data.get('from')} to {data.get('to')}",
     "undo": lambda data: f"took back: {data.get('command', 'a command')}",

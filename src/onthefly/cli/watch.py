@@ -148,7 +148,7 @@ def _chart(name: str, series: Series, width: int) -> str:
 
 def _resolution(steps: int) -> int:
     """Coarse enough that a frame is drawn at once, fine enough for any terminal."""
-    return 1 if steps < 100_000 else 64 if steps < 10_000_000 else 4096
+    return 1 if steps < 100_000 else 16 if steps < 1_000_000 else 256 if steps < 10_000_000 else 4096
 
 
 def _loss_among(names: list[str]) -> str | None:

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from onthefly.client import Client
-from onthefly.errors import OnTheFlyError
+from onthefly.errors import OnTheFlyError, StoreError
 from onthefly.hub import live
 from onthefly.hub.api import (
     checkpoints,
@@ -74,6 +74,9 @@ def create_app(
         # FastAPI puts its routes together when they are first looked at: now, rather than while the first page waits.
         for route in app.router.routes:
             route.matches({"type": "http", "method": "GET", "path": f"{API}/", "root_path": "", "headers": []})
+        for store in opened:
+            with contextlib.suppress(StoreError):  # a page that asks is told
+                store.charts.warm()
         yield
         opened.close()
 

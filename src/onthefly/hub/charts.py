@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tsdownsample import MinMaxLTTBDownsampler
 
+from onthefly.hub import epochs
+from onthefly.hub.epochs import Epochs
 from onthefly.runs.lineage import Lineage
 from onthefly.store import charts, queries
 from onthefly.store.charts import Extent
@@ -20,7 +22,7 @@ from onthefly.store.queries import Series
 if TYPE_CHECKING:
     from onthefly.client import Client
 
-X = Literal["step", "time", "relative"]
+X = Literal["step", "epoch", "time", "relative"]
 Pair = tuple[str, str]
 """A run and a metric."""
 
@@ -64,6 +66,16 @@ class _Stretch:
 
 
 @dataclass(frozen=True)
+class About:
+    """What a chart is made from, as it is now. `version` is another one when that is. `epochs` are there if x needs them."""
+
+    paths: Mapping[str, tuple[_Stretch, ...]]
+    extents: Mapping[Pair, Extent]
+    epochs: Mapping[str, Epochs]
+    version: str
+
+
+@dataclass(frozen=True)
 class _Reading:
     """How a series is read."""
 
@@ -71,6 +83,25 @@ class _Reading:
     generations: tuple[int, ...]
     first: int | None
     last: int | None
+
+
+@dataclass(frozen=True)
+class _Places:
+    """What the x of a run's points is: their step, epoch, or time since `begin`."""
+
+    x: X
+    epochs: Epochs = Epochs()  # noqa: RUF009  it is a value
+    begin: float = 0.0
+
+    def of(self, series: Series) -> np.ndarray:
+        """x of each point; NaN where the epoch is not known."""
+        match self.x:
+            case "step":
+                return series.steps.astype(np.float64)
+            case "epoch":
+                return self.epochs.at(series.steps)
+            case _:
+                return series.times - self.begin
 
 
 class Charts:
@@ -83,22 +114,34 @@ class Charts:
         self._client = client
         self._drawn: OrderedDict[Question, Drawn] = OrderedDict()
         self._size = 0
-        self._lock = threading.Lock()  # guards the two above
+        self._epochs: tuple[object, Mapping[str, Epochs]] | None = None
+        self._lock = threading.Lock()  # guards the three above
 
-    def versions(self, questions: Sequence[Question]) -> list[str]:
-        """The present version of each chart, at the price of a look at an index."""
-        return [self._version(question, *self._about(question)) for question in questions]
+    def warm(self) -> None:
+        """Make ready what the first chart would otherwise wait for: a connection, and the statements. Raises `StoreError`."""
+        self.look([Question((("", ""),))])
+        for resolution in (1, *RESOLUTIONS):
+            charts.read(self._client.store, [""], [""], generations=[0], resolution=resolution, timed=False)
 
-    def draw(self, question: Question) -> Drawn:
-        """The chart as it is now."""
-        paths, extents = self._about(question)
-        version = self._version(question, paths, extents)
+    def look(self, questions: Sequence[Question]) -> list[About]:
+        """What each chart would be made from now, at the price of a look at an index for all of them."""
+        runs = {run for question in questions for run, _ in question.series}
+        joined = self._paths(runs) if any(question.joined for question in questions) else {}
+        involved = runs | {stretch.run for path in joined.values() for stretch in path}
+        names = {name for question in questions for _, name in question.series}
+        extents = charts.extents(self._client.store, involved, names)
+        by_run = self.epochs() if any(question.x == "epoch" for question in questions) else {}
+        return [self._about(question, joined if question.joined else {}, extents, by_run) for question in questions]
+
+    def draw(self, question: Question, about: About | None = None) -> Drawn:
+        """The chart as it is now, or as `look` has found it."""
+        about = about or self.look([question])[0]
         with self._lock:
             kept = self._drawn.get(question)
-            if kept is not None and kept.version == version:
+            if kept is not None and kept.version == about.version:
                 self._drawn.move_to_end(question)
                 return kept
-        made = self._make(question, paths, extents, version)
+        made = self._make(question, about)
         with self._lock:
             old = self._drawn.pop(question, None)
             self._size += made.size - (old.size if old is not None else 0)
@@ -107,69 +150,74 @@ class Charts:
                 self._size -= self._drawn.popitem(last=False)[1].size
         return made
 
-    def _about(self, question: Question) -> tuple[dict[str, tuple[_Stretch, ...]], dict[Pair, Extent]]:
-        runs = {run for run, _ in question.series}
-        paths: dict[str, tuple[_Stretch, ...]] = {run: (_Stretch(run, None, None),) for run in runs}
-        if question.joined:
-            rows = self._client.runs()
-            lineage, known = Lineage(rows), {row.name for row in rows}
-            for run in runs & known:
-                segments = lineage.path(run)
-                paths[run] = tuple(
-                    _Stretch(s.run, s.first_step if s.first_step >= 0 else None, s.last_step) for s in segments
-                )
-        involved = {stretch.run for path in paths.values() for stretch in path}
-        return paths, charts.extents(self._client.store, involved, {name for _, name in question.series})
+    def epochs(self) -> Mapping[str, Epochs]:
+        """For every run, the epochs of the line of steps that led to its head."""
+        at = charts.positions(self._client.store)
+        with self._lock:
+            if self._epochs is not None and self._epochs[0] == at:
+                return self._epochs[1]
+        lineage = Lineage(self._client.runs())
+        begins = charts.epoch_begins(self._client.store)
+        found = {name: epochs.along(lineage.path(name), begins) for name in lineage.names}
+        with self._lock:
+            self._epochs = (at, found)
+        return found
 
-    def _version(
-        self, question: Question, paths: Mapping[str, tuple[_Stretch, ...]], extents: Mapping[Pair, Extent]
-    ) -> str:
+    def _paths(self, runs: Set[str]) -> dict[str, tuple[_Stretch, ...]]:
+        """For each of the runs that there are, the line that leads to its head."""
+        rows = self._client.runs()
+        lineage, known = Lineage(rows), {row.name for row in rows}
+        return {
+            run: tuple(
+                _Stretch(s.run, s.first_step if s.first_step >= 0 else None, s.last_step) for s in lineage.path(run)
+            )
+            for run in runs & known
+        }
+
+    def _about(
+        self,
+        question: Question,
+        joined: Mapping[str, tuple[_Stretch, ...]],
+        extents: Mapping[Pair, Extent],
+        by_run: Mapping[str, Epochs],
+    ) -> About:
+        paths = {run: joined.get(run, (_Stretch(run, None, None),)) for run, _ in question.series}
         said = []
         for run, name in question.series:
+            if question.x == "epoch" and run in by_run:
+                said.append(by_run[run].version)
             for stretch in paths[run]:
                 extent = extents.get((stretch.run, name))
                 said.append(extent.version if extent is not None else "")
-        return ",".join(said)
+        return About(paths, extents, by_run, ",".join(said))
 
-    def _make(
-        self,
-        question: Question,
-        paths: Mapping[str, tuple[_Stretch, ...]],
-        extents: Mapping[Pair, Extent],
-        version: str,
-    ) -> Drawn:
-        begins = self._beginnings(question, paths)
-        read = self._read(question, paths, extents, begins)
+    def _make(self, question: Question, about: About) -> Drawn:
+        places = self._places(question, about)
+        read = self._read(question, about, places)
         found = [read.get(pair, (_EMPTY, 1)) for pair in question.series]
         lines = [
-            _line(series, question, begins[run]) for (run, _), (series, _) in zip(question.series, found, strict=True)
+            _line(series, question, places[run]) for (run, _), (series, _) in zip(question.series, found, strict=True)
         ]
         columns = gridded(lines, question) if question.grid else apart(lines, question.points)
-        about = [
-            {
-                "run": run,
-                "name": name,
-                "points": sum(e.points for s in paths[run] if (e := extents.get((s.run, name))) is not None),
-                "resolution": resolution,
-                "version": ",".join(e.version for s in paths[run] if (e := extents.get((s.run, name))) is not None),
-            }
-            for (run, name), (_, resolution) in zip(question.series, found, strict=True)
-        ]
-        return Drawn(columns, about, version)
+        told = []
+        for (run, name), (_, resolution) in zip(question.series, found, strict=True):
+            there = [e for s in about.paths[run] if (e := about.extents.get((s.run, name))) is not None]
+            points, version = sum(e.points for e in there), ",".join(e.version for e in there)
+            told.append({"run": run, "name": name, "points": points, "resolution": resolution, "version": version})
+        return Drawn(columns, told, about.version)
 
-    def _beginnings(self, question: Question, paths: Mapping[str, tuple[_Stretch, ...]]) -> dict[str, float]:
-        """What `relative` counts from: when the first run on each line was made."""
+    def _places(self, question: Question, about: About) -> dict[str, _Places]:
+        """For each run, what its points' x is. `relative` counts from when the first run on a line was made."""
         if question.x != "relative":
-            return dict.fromkeys(paths, 0.0)
+            return {run: _Places(question.x, about.epochs.get(run, Epochs())) for run in about.paths}
         created = {row.name: row.created for row in self._client.runs()}
-        return {run: created.get(path[0].run, 0.0) for run, path in paths.items()}
+        return {run: _Places("time", begin=created.get(path[0].run, 0.0)) for run, path in about.paths.items()}
 
     def _read(
         self,
         question: Question,
-        paths: Mapping[str, tuple[_Stretch, ...]],
-        extents: Mapping[Pair, Extent],
-        begins: Mapping[str, float],
+        about: About,
+        places: Mapping[str, _Places],
     ) -> dict[Pair, tuple[Series, int]]:
         """Every series that is asked for, fine enough for its chart, and at which resolution it was read."""
         parts: dict[Pair, list[tuple[Series, int]]] = {}
@@ -183,18 +231,23 @@ class Charts:
         readings: dict[_Reading, dict[str, set[str]]] = {}
         pieces: list[tuple[Pair, _Stretch, _Reading]] = []
         for run, names in wanted.items():
-            for stretch in paths[run]:
-                there = {name: extent for name in names if (extent := extents.get((stretch.run, name))) is not None}
+            for stretch in about.paths[run]:
+                there = {
+                    name: extent for name in names if (extent := about.extents.get((stretch.run, name))) is not None
+                }
                 if not there:
                     continue
-                low, high = self._bounds(question, stretch, there, begins[run])
+                low, high = self._bounds(question, stretch, there, places[run])
                 share = _share(heads.get(stretch.run, 1), low, high)
                 for name, extent in there.items():
                     resolution = coarseness(int(extent.points * share), question.points)
-                    reading = _Reading(resolution, extent.generations, low, high)
+                    # Few points are read all, so that a line goes on to the edges of the picture however far the next one is.
+                    edges = (low, high) if extent.points > question.points else (None, None)
+                    reading = _Reading(resolution, extent.generations, *edges)
                     readings.setdefault(reading, {}).setdefault(name, set()).add(stretch.run)
                     pieces.append(((run, name), stretch, reading))
-        got = {reading: self._all(reading, by_name) for reading, by_name in readings.items()}
+        timed = question.x in ("time", "relative")
+        got = {reading: self._all(reading, by_name, timed) for reading, by_name in readings.items()}
         for (run, name), stretch, reading in pieces:
             series = got[reading].get((stretch.run, name))
             if series is not None:
@@ -204,7 +257,7 @@ class Charts:
             for pair, found in parts.items()
         }
 
-    def _all(self, reading: _Reading, by_name: Mapping[str, set[str]]) -> dict[Pair, Series]:
+    def _all(self, reading: _Reading, by_name: Mapping[str, set[str]], timed: bool = True) -> dict[Pair, Series]:
         """Series that are read in the same way; metrics of the same runs by one statement."""
         together: dict[frozenset[str], list[str]] = {}
         for name, runs in by_name.items():
@@ -219,20 +272,23 @@ class Charts:
                 resolution=reading.resolution,
                 first=reading.first,
                 last=reading.last,
+                timed=timed,
             )
         return found
 
     def _bounds(
-        self, question: Question, stretch: _Stretch, there: Mapping[str, Extent], begin: float
+        self, question: Question, stretch: _Stretch, there: Mapping[str, Extent], places: _Places
     ) -> tuple[int | None, int | None]:
         """The steps between which a run is read. Those of a time are found in a coarse copy of its longest series."""
         low, high = question.low, question.high
-        if question.x != "step" and (low is not None or high is not None):
+        if question.x == "epoch":
+            low, high = places.epochs.steps(low, high)
+        elif question.x != "step" and (low is not None or high is not None):
             name = max(there, key=lambda name: there[name].points)
             coarse = coarseness(there[name].points, question.points)
             reading = _Reading(coarse, there[name].generations, None, None)
             probe = self._all(reading, {name: {stretch.run}})[stretch.run, name]
-            x, steps = probe.times - begin, probe.steps
+            x, steps = places.of(probe), probe.steps
             before = np.flatnonzero(x < low) if low is not None else np.empty(0, np.int64)
             behind = np.flatnonzero(x > high) if high is not None else np.empty(0, np.int64)
             low = float(steps[before[-1]]) if len(before) else None
@@ -260,7 +316,7 @@ def coarseness(stored: int, points: int) -> int:
 def gridded(lines: Sequence[tuple[np.ndarray, np.ndarray]], question: Question) -> dict[str, np.ndarray]:
     """One x column for all lines: every x that occurs when they are few, otherwise buckets with two places each."""
     longest = max((len(x) for x, _ in lines), default=0)
-    every = np.unique(np.concatenate([x for x, _ in lines])) if longest <= question.points else None
+    every = _sorted_once(np.concatenate([x for x, _ in lines])) if longest <= question.points else None
     if every is not None and len(every) <= question.points:
         columns = {"x": every.astype(np.float64)}
         for number, (x, y) in enumerate(lines):
@@ -323,6 +379,13 @@ def downsampled(x: np.ndarray, y: np.ndarray, points: int) -> np.ndarray:
     return np.union1d(kept, strange[:: max(1, len(strange) // _STRANGE)])
 
 
+def _sorted_once(values: np.ndarray) -> np.ndarray:
+    """As `np.unique`, which would first load what a hub never needs."""
+    values = np.sort(values)
+    found: np.ndarray = values[np.append(True, values[1:] != values[:-1])] if len(values) else values
+    return found
+
+
 def _first(where: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """In each of the groups that begin at `starts`, the first place that is true; there is one."""
     places = np.flatnonzero(where)
@@ -330,13 +393,11 @@ def _first(where: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return found
 
 
-def _line(series: Series, question: Question, begin: float) -> tuple[np.ndarray, np.ndarray]:
+def _line(series: Series, question: Question, places: _Places) -> tuple[np.ndarray, np.ndarray]:
     """x and y, sorted by x, without what lies outside, but for one point at each end. Of equal x the last one counts."""
-    if question.x == "step":
-        x = series.steps.astype(np.float64)
-    else:
-        x = series.times - begin if question.x == "relative" else series.times
-    y = series.values
+    x, y = places.of(series), series.values
+    if len(x) and np.isnan(x[0]):  # of a run whose epochs are not known
+        return _EMPTY.values, _EMPTY.values
     if np.any(x[1:] < x[:-1]):
         order = x.argsort(kind="stable")
         x, y = x[order], y[order]

@@ -10,10 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
-
 from onthefly.errors import InvalidCommandError
-from onthefly.store import queries, schema
+from onthefly.store import charts, queries
 from onthefly.store.queries import EventRow
 from onthefly.store.store import Store
 
@@ -34,10 +32,7 @@ class Page:
 
 def positions(store: Store) -> Cursor:
     """The cursor of now: behind the last event of every session."""
-    table = schema.event
-    with store.read() as connection:
-        newest = connection.execute(select(table.c.session, func.max(table.c.seq)).group_by(table.c.session))
-        return {int(session): int(seq) for session, seq in newest}
+    return dict(charts.positions(store))
 
 
 def after(store: Store, cursor: Cursor, now: Cursor, limit: int) -> Page:

@@ -378,10 +378,10 @@ def _charts(id: str, followed: _Followed, frame: _Frame) -> dict[str, Any]:
         return {}
     charts = followed.feed.store.charts
     found: dict[str, Any] = {}
-    for (name, question), now in zip(asked.items(), charts.versions(list(asked.values())), strict=True):
-        if followed.drawn.get(name) == (question, now):
+    for (name, question), about in zip(asked.items(), charts.look(list(asked.values())), strict=True):
+        if followed.drawn.get(name) == (question, about.version):
             continue
-        drawn = charts.draw(question)
+        drawn = charts.draw(question, about)
         followed.drawn[name] = (question, drawn.version)
         prefix = f"{id}/{name}/"
         frame.columns.update(_prefixed(prefix, drawn))

@@ -99,6 +99,11 @@ class Lineage:
                 findings.append((run.name, f"it is a {run.kind}, and nothing tells from which run"))
         return [*findings, *self._doubles(), *self._circles()]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All runs, the oldest first."""
+        return tuple(self._parents)
+
     def parents(self, name: str) -> tuple[str, ...]:
         """The runs that a run comes from, in the order of the merge. One of which it takes two checkpoints comes once."""
         self._demand(name)

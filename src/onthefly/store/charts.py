@@ -65,6 +65,48 @@ def spans(store: Store, run: str | None = None) -> dict[tuple[str, str], tuple[i
         return {(row[0], row[1]): (int(row[2]), int(row[3]), int(row[4])) for row in connection.execute(wanted)}
 
 
+@dataclass(frozen=True, slots=True)
+class EpochBegin:
+    """The step that an epoch of a run began at, and of how many batches it and those after it are, if that is known."""
+
+    step: int
+    epoch: int
+    batches: int | None
+
+
+def epoch_begins(store: Store) -> dict[str, list[EpochBegin]]:
+    """For every run, what its sessions have recorded of its epochs, in the order of steps, on its trajectory as it now stands."""
+    table = schema.event
+    wanted = select(table.c.run, table.c.generation, table.c.kind, table.c.step, table.c.epoch, table.c.data)
+    wanted = wanted.where(table.c.run.in_(select(schema.run.c.name)))  # what leads SQLite to its index
+    wanted = wanted.where(table.c.kind.in_(("epochLength", "generation")))
+    with store.read() as connection:
+        rows = connection.execute(wanted).all()
+    resets: dict[str, list[tuple[int, int]]] = {}
+    for row in rows:
+        if row.kind == "generation":
+            resets.setdefault(row.run, []).append((row.generation, int(row.data["from"])))
+    found: dict[str, list[tuple[int, int, int, int | None]]] = {}
+    for row in rows:
+        hidden = any(row.generation < newer and row.step > last for newer, last in resets.get(row.run, ()))
+        if row.kind == "epochLength" and not hidden:
+            about = (row.step, row.epoch, row.generation, row.data.get("batches"))
+            found.setdefault(row.run, []).append(about)
+    return {
+        run: [EpochBegin(step, epoch, batches) for step, epoch, _, batches in sorted(of, key=lambda begin: begin[:3])]
+        for run, of in found.items()
+    }
+
+
+def positions(store: Store) -> tuple[tuple[int, int], ...]:
+    """The number of the last event of every session that has any: another one whenever something has happened."""
+    event, session = schema.event, schema.session
+    newest = select(func.max(event.c.seq)).where(event.c.session == session.c.id).scalar_subquery()
+    with store.read() as connection:
+        rows = connection.execute(select(session.c.id, newest).order_by(session.c.id))
+        return tuple((int(id), int(seq)) for id, seq in rows if seq is not None)
+
+
 def last_values(store: Store, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """For every run, the last value of each of those metrics that it has."""
     table = schema.metric_chunk
@@ -92,9 +134,11 @@ def read(
     resolution: int = 1,
     first: int | None = None,
     last: int | None = None,
+    timed: bool = True,
 ) -> dict[tuple[str, str], Series]:
     """Some metrics of some runs, between two steps, at a resolution as in `queries.series`. What there is not is not in the answer.
 
+    Without `timed` times are not read, where that saves anything, and are NaN there.
     `generations` are those that have points of them. Runs that were reset are read series by series: one generation hides
     parts of another.
     """
@@ -105,8 +149,8 @@ def read(
     with store.read() as connection:
         for some in _batches(sorted(runs)):
             for others in _batches(sorted(names)):
-                wanted = _wanted(some, others, generations, resolution, first, last)
-                for row in connection.execute(wanted):
+                wanted = _wanted(some, others, generations, resolution, first, last, timed)
+                for row in connection.execute(wanted).all():
                     rows.setdefault((row[0], row[1]), []).append(row[2:])
     return {key: _between(_series(found, resolution), first, last) for key, found in rows.items()}
 
@@ -118,11 +162,15 @@ def _wanted(
     resolution: int,
     first: int | None,
     last: int | None,
+    timed: bool,
 ) -> Select[Any]:
     """Of each chunk its run, name, id, and its rollup or else its points. They come in any order: SQLite would sort blobs."""
     table = schema.metric_chunk
-    rollup: ColumnElement[Any] = table.c[f"rollup_{resolution}"] if resolution > 1 else null()
-    columns = [case((rollup.is_(None), table.c[name])) for name in ("steps", "values", "times")]
+    columns: list[ColumnElement[Any]] = [table.c.steps, table.c["values"], table.c.times if timed else null()]
+    rollup: ColumnElement[Any] = null()
+    if resolution > 1:
+        rollup = table.c[f"rollup_{resolution}"]
+        columns = [case((rollup.is_(None), column)) for column in columns]
     wanted = select(table.c.run, table.c.name, table.c.id, rollup, *columns)
     wanted = wanted.where(table.c.run.in_(runs), table.c.name.in_(names), table.c.generation.in_(sorted(generations)))
     if first is not None:
@@ -137,9 +185,11 @@ def _series(rows: list[Any], resolution: int) -> Series:
     rows.sort(key=lambda row: row[0])
     coarse = np.frombuffer(b"".join(row[1] for row in rows if row[1] is not None), points.POINT)
     fine = [
-        np.frombuffer(b"".join(row[place] for row in rows if row[1] is None), kind)
+        np.frombuffer(b"".join(row[place] for row in rows if row[place] is not None), kind)
         for place, kind in ((2, "<i8"), (3, "<f8"), (4, "<f8"))
     ]
+    if len(fine[2]) < len(fine[1]):  # they were not read
+        fine[2] = np.broadcast_to(np.nan, len(fine[1]))
     if resolution > 1 and len(fine[1]):
         places = points.extreme_places(fine[1], resolution)
         fine = [column[places] for column in fine]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 POINT = np.dtype([("step", "<i8"), ("value", "<f8"), ("time", "<f8")])
 Points = npt.NDArray[np.void]
-RESOLUTIONS = (64, 4096)
+RESOLUTIONS = (16, 256, 4096)
 
 
 def join(parts: list[Points]) -> Points:
@@ -45,13 +45,14 @@ def extremes(points: Points, size: int) -> Points:
 def extreme_places(values: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.int64]:
     """Where the lowest and the highest of each `size` consecutive values are."""
     missing = np.isnan(values)
-    low, high = np.where(missing, np.inf, values), np.where(missing, -np.inf, values)
+    low, high = (np.where(missing, edge, values) for edge in (np.inf, -np.inf)) if missing.any() else (values, values)
     whole = len(values) // size * size
     starts = np.arange(0, whole, size)
-    kept = [
-        starts + low[:whole].reshape(-1, size).argmin(axis=1),
-        starts + high[:whole].reshape(-1, size).argmax(axis=1),
-    ]
+    lowest = starts + low[:whole].reshape(-1, size).argmin(axis=1)
+    highest = starts + high[:whole].reshape(-1, size).argmax(axis=1)
     if whole < len(values):
-        kept.append(np.array([whole + low[whole:].argmin(), whole + high[whole:].argmax()]))
-    return np.unique(np.concatenate(kept)).astype(np.int64)
+        lowest = np.append(lowest, whole + low[whole:].argmin())
+        highest = np.append(highest, whole + high[whole:].argmax())
+    both = np.stack((np.minimum(lowest, highest), np.maximum(lowest, highest)), axis=1).ravel()
+    places: npt.NDArray[np.int64] = both[np.append(True, both[1:] != both[:-1])] if len(both) else both
+    return places

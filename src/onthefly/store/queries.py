@@ -303,13 +303,13 @@ def series(store: Store, run: str, name: str, generation: int | None = None, res
     """The points of one metric of a run.
 
     By default those of its trajectory as it now stands: a generation hides what older ones have after the
-    step that it began from. With `generation`, all of that one. At `resolution` 64 or 4096 only the lowest and the
+    step that it began from. With `generation`, all of that one. At a `resolution` of `points.RESOLUTIONS` only the lowest and the
     highest of each so many consecutive points.
     """
     from onthefly.store import points  # brings NumPy, which a list of rows does without
 
     if resolution not in (1, *points.RESOLUTIONS):
-        raise ValueError(f"resolution is 1, {' or '.join(map(str, points.RESOLUTIONS))}, not {resolution}")
+        raise ValueError(f"resolution is one of {(1, *points.RESOLUTIONS)}, not {resolution}")
     table = schema.metric_chunk
     of_series = [table.c.run == run, table.c.name == name]
     with store.read() as connection:

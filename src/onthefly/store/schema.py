@@ -30,6 +30,9 @@ UPGRADES: Mapping[int, Sequence[str]] = {
         "ALTER TABLE command ADD COLUMN door VARCHAR",
         "ALTER TABLE command ADD COLUMN asker VARCHAR",
         "ALTER TABLE command ADD COLUMN run VARCHAR",
+        # charts of what was recorded before are read from its points
+        "ALTER TABLE metric_chunk ADD COLUMN rollup_256 BLOB",
+        "ALTER TABLE metric_chunk ADD COLUMN rollup_16 BLOB",
     ),
 }
 """What makes a database of an older version one of the next. It only ever adds: who has the store open goes on with it."""
@@ -197,7 +200,8 @@ metric_chunk = Table(
     # What is left of a full chunk at a lower resolution, as packed points (step, value, time). These stand before the points
     # themselves: SQLite comes to what is behind them only through every page of them.
     Column("rollup_4096", LargeBinary),
-    Column("rollup_64", LargeBinary),
+    Column("rollup_256", LargeBinary),
+    Column("rollup_16", LargeBinary),
     # Packed columns of the points, in the order in which they were recorded: <i8, <f8, <f8.
     Column("steps", LargeBinary, nullable=False),
     Column("values", LargeBinary, nullable=False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
+from pydantic import Field
 from sqlalchemy import select
 
 from onthefly.errors import UnknownReferenceError
@@ -31,6 +32,9 @@ class EventView(View):
     data: dict[str, Any]
 
 
+Name = Annotated[str, Field(max_length=100)]
+
+
 class EventPage(View):
     """Some events, the cursor behind them, and whether there are more now."""
 
@@ -50,7 +54,7 @@ def get_events(
     after: Annotated[str, Query(max_length=1 << 15, description="A cursor, or `now`.")] = "",
     newest: Annotated[int | None, Query(ge=1, le=1000, description="The last so many, instead.")] = None,
     run: Annotated[str | None, Query(max_length=100)] = None,
-    kind: Annotated[str | None, Query(max_length=100)] = None,
+    kind: Annotated[list[Name], Query(max_length=50, description="Several times: any of them.")] = [],  # noqa: B006  FastAPI copies it
     limit: Annotated[int, Query(ge=1, le=1000)] = 500,
 ) -> EventPage:
     """Events from behind a cursor on. `run` and `kind` leave others out; the cursor goes past them."""
@@ -63,7 +67,7 @@ def get_events(
     if after == "now":
         return EventPage(events=[], cursor=events.write(now), more=False)
     page = events.after(here, events.read(after), now, limit)
-    rows = [row for row in page.events if run in (None, row.run) and kind in (None, row.kind)]
+    rows = [row for row in page.events if run in (None, row.run) and (not kind or row.kind in kind)]
     return EventPage(events=[event_view(row) for row in rows], cursor=events.write(page.cursor), more=page.more)
 
 
@@ -77,13 +81,13 @@ def get_event(store: Here, event: Annotated[str, Path(pattern=r"^[0-9]{1,15}\.[0
     raise UnknownReferenceError(f"there is no event {event}")
 
 
-def _newest(store: Here, count: int, run: str | None, kind: str | None) -> list[EventRow]:
+def _newest(store: Here, count: int, run: str | None, kinds: list[str]) -> list[EventRow]:
     table = schema.event
     wanted = select(table).order_by(table.c.time.desc(), table.c.session.desc(), table.c.seq.desc()).limit(count)
     if run is not None:
         wanted = wanted.where(table.c.run == run)
-    if kind is not None:
-        wanted = wanted.where(table.c.kind == kind)
+    if kinds:
+        wanted = wanted.where(table.c.kind.in_(kinds))
     with store.client.store.read() as connection:
         rows = [EventRow(**row) for row in connection.execute(wanted).mappings()]
     return rows[::-1]

@@ -35,6 +35,12 @@ class MetricView(View):
     last_step: int
 
 
+class EpochsView(View):
+    run: str
+    steps: list[float]
+    epochs: list[float]
+
+
 class SeriesBody(BaseModel):
     """What a chart shows; see docs/api.md."""
 
@@ -74,6 +80,16 @@ def get_metrics(
         MetricView(run=of, name=metric, points=points, first_step=first, last_step=last)
         for (of, metric), (points, first, last) in sorted(charts.spans(store.client.store, run).items())
         if name is None or fnmatch.fnmatchcase(metric, name)
+    ]
+
+
+@router.get("/epochs")
+def get_epochs(store: Here) -> list[EpochsView]:
+    """For every run of which it is known: steps, and the epoch at each. In between it passes evenly."""
+    return [
+        EpochsView(run=run, steps=[step for step, _ in line.knots], epochs=[epoch for _, epoch in line.knots])
+        for run, line in store.charts.epochs().items()
+        if line.knots
     ]
 
 

@@ -1,5 +1,6 @@
 import { misfit, readOption, sharedOptions } from '../src/lib/merging'
 import { describe, expect, it } from 'vitest'
+import { aim, arranged, moved } from '../src/lib/arrange'
 import { numbers, unpack } from '../src/lib/columns'
 import { bytes, duration, number } from '../src/lib/format'
 import { descendants, folded, place, visible } from '../src/lib/layout'
@@ -118,36 +119,13 @@ describe('curves', () => {
   })
 
   it('knows the epoch of a step', () => {
-    expect(
-      epochAt(
-        [
-          [0, 0],
-          [40, 1],
-          [60, 2],
-        ],
-        20,
-      ),
-    ).toBe(0.5)
-    expect(
-      epochAt(
-        [
-          [0, 0],
-          [40, 1],
-          [60, 2],
-        ],
-        50,
-      ),
-    ).toBe(1.5)
-    expect(
-      epochAt(
-        [
-          [0, 0],
-          [40, 1],
-          [60, 2],
-        ],
-        80,
-      ),
-    ).toBe(3)
+    const anchors: [number, number][] = [
+      [0, 0],
+      [40, 1],
+      [60, 2],
+    ]
+    expect([0, 20, 40, 50, 60, 80].map((step) => epochAt(anchors, step))).toEqual([0, 0.5, 1, 1.5, 2, 2])
+    expect(epochAt([], 5)).toBeNaN()
   })
 })
 
@@ -323,5 +301,31 @@ describe('reports', () => {
     const finding = { report: 'health', severity: 'note', what: '', where: '', evidence: {}, advice: '' } as const
     expect(since({ ...finding, since: 5, before: true })).toBe('at or before step 5')
     expect(since({ ...finding, since: 1200, before: false })).toBe('since step 1 200')
+  })
+})
+
+describe('an arrangement of charts', () => {
+  const names = ['a', 'b', 'c', 'd']
+  it('has pinned ones first, then those that were put somewhere, then the others', () => {
+    expect(arranged(names, { pins: [], order: [] })).toEqual(names)
+    expect(arranged(names, { pins: ['c'], order: ['d', 'gone', 'b'] })).toEqual(['c', 'd', 'b', 'a'])
+  })
+  it('puts one where another stands', () => {
+    const forward = moved(names, { pins: [], order: [] }, 'a', 'c')
+    expect(arranged(names, forward)).toEqual(['b', 'c', 'a', 'd'])
+    expect(arranged(names, moved(names, forward, 'd', 'b'))).toEqual(['d', 'b', 'c', 'a'])
+    expect(moved(names, forward, 'a', 'a')).toEqual(forward)
+  })
+  it('pins what is put among pinned ones, and no longer what is taken from there', () => {
+    const pinned = moved(names, { pins: ['a'], order: [] }, 'd', 'a')
+    expect(arranged(names, pinned)).toEqual(['d', 'a', 'b', 'c'])
+    expect(pinned.pins).toEqual(['a', 'd'])
+    expect(moved(names, pinned, 'a', 'c').pins).toEqual(['d'])
+  })
+  it('keeps keys within the group', () => {
+    expect(aim(names, ['a', 'b'], 'b', 'ArrowRight')).toBeNull()
+    expect(aim(names, ['a', 'b'], 'b', 'Home')).toBe('a')
+    expect(aim(names, [], 'b', 'End')).toBe('d')
+    expect(aim(names, [], 'b', 'x')).toBeNull()
   })
 })

@@ -113,12 +113,13 @@ class App {
   }
 
   async open(store: string): Promise<void> {
-    const page = await get<{ events: Event[]; cursor: string }>(inStore(store, '/events?newest=600'))
-    // Saves are many: what matters more would be behind them, out of sight.
-    const rare = await Promise.all(
-      RARE.map((kind) => get<{ events: Event[] }>(inStore(store, `/events?newest=300&kind=${kind}`))),
-    )
-    const events = [...new Map([...rare, page].flatMap((one) => one.events).map((event) => [event.id, event])).values()]
+    // Saves are many: what matters more would be behind them, out of sight. All is asked for at once: it is what a first page waits for.
+    const [page, rare, metrics] = await Promise.all([
+      get<{ events: Event[]; cursor: string }>(inStore(store, '/events?newest=600')),
+      get<{ events: Event[] }>(inStore(store, `/events?newest=1000&${RARE.map((kind) => `kind=${kind}`).join('&')}`)),
+      get<Metric[]>(inStore(store, '/metrics')),
+    ])
+    const events = [...new Map([rare, page].flatMap((one) => one.events).map((event) => [event.id, event])).values()]
     events.sort((a, b) => a.time - b.time || a.session - b.session || a.seq - b.seq)
     try {
       localStorage.setItem('store', store)
@@ -133,13 +134,14 @@ class App {
     this.chosen = null
     this.selectedRun = null
     live.follow(store, events, page.cursor)
-    await Promise.all([this.refreshRuns(), this.refreshCommands()])
+    await Promise.all([this.refreshRuns(metrics), this.refreshCommands()])
   }
 
-  refreshRuns = (): Promise<void> =>
+  refreshRuns = (known?: Metric[]): Promise<void> =>
     this.#once('runs', async () => {
       const store = this.store
-      const metrics = await get<Metric[]>(inStore(store, '/metrics'))
+      const metrics = known ?? (await get<Metric[]>(inStore(store, '/metrics')))
+      known = undefined
       const names = [...new Set(metrics.map((metric) => metric.name))].sort(byImportance).slice(0, 8)
       const query = new URLSearchParams(names.length ? { metrics: names.join(',') } : {})
       const [runs, graph] = await Promise.all([

@@ -52,21 +52,32 @@ export function marksOf(events: Event[], runs: Run[], shown: string[]): Mark[] {
   const found: Mark[] = []
   for (const event of events) {
     const mark = markOf(event)
-    if (mark && wanted.has(mark.run)) found.push(mark)
+    if (!mark) continue
+    if (wanted.has(mark.run)) found.push(mark)
+    else if (mark.kind === 'branch' && Array.isArray(event.data.parents)) {
+      const parent = event.data.parents.find((name) => typeof name === 'string' && wanted.has(name))
+      if (parent) found.push({ ...mark, run: parent, text: `${mark.run}, ${mark.text}` })
+    }
   }
   return found
 }
 
+/** What time since the start counts from on a run's curve: when it was made or, joined, its first ancestor. */
+export function began(runs: Run[], name: string, joined: boolean): number | undefined {
+  const run = runs.find((one) => one.name === name)
+  const parent = joined ? run?.parents[0] : undefined
+  return parent ? (began(runs, parent.run, true) ?? run?.created) : run?.created
+}
+
 export type Anchor = [step: number, epoch: number]
 
-/** The epoch of a step, as a number with a fraction, from steps at which epochs are known to have ended. */
+/** The epoch of a step, with its fraction, from steps whose epochs are known; NaN where none is. */
 export function epochAt(anchors: Anchor[], step: number): number {
-  if (anchors.length < 2)
-    return anchors.length === 1 && anchors[0][0] > 0 ? (step * anchors[0][1]) / anchors[0][0] : step
-  let high = anchors.findIndex(([at]) => at >= step)
-  if (high < 0) high = anchors.length - 1
-  if (high === 0) high = 1
+  if (anchors.length === 0) return NaN
+  const high = anchors.findIndex(([at]) => at >= step)
+  if (high < 0) return anchors[anchors.length - 1][1]
+  if (high === 0) return anchors[0][1]
   const [s0, e0] = anchors[high - 1]
   const [s1, e1] = anchors[high]
-  return s1 === s0 ? e1 : e0 + ((step - s0) * (e1 - e0)) / (s1 - s0)
+  return e0 + ((step - s0) * (e1 - e0)) / (s1 - s0)
 }

@@ -47,27 +47,32 @@ export function quantile(sorted: ArrayLike<number>, q: number): number {
   return sorted[low] + (sorted[high] - sorted[low]) * (at - low)
 }
 
+const isNumber = (v: number | null): v is number => v !== null && Number.isFinite(v)
+
 /** The finite values of several lines, sorted; every n-th of them when there are many. */
-export function pooled(lines: ArrayLike<number>[], most = 8000): Float64Array {
+export function pooled(lines: ArrayLike<number | null>[], most = 8000): Float64Array {
   let total = 0
   for (const line of lines) total += line.length
   const every = Math.max(1, Math.floor(total / most))
   const found: number[] = []
   let place = 0
   for (const line of lines)
-    for (let i = 0; i < line.length; i++) if (Number.isFinite(line[i]) && place++ % every === 0) found.push(line[i])
+    for (let i = 0; i < line.length; i++) {
+      const v = line[i]
+      if (isNumber(v) && place++ % every === 0) found.push(v)
+    }
   return Float64Array.from(found).sort()
 }
 
 /** Where a y axis begins and ends. `robust`: single wild values do not flatten all the others. Null: nothing to show. */
-export function yRange(lines: ArrayLike<number>[], robust: boolean, log: boolean): [number, number] | null {
+export function yRange(lines: ArrayLike<number | null>[], robust: boolean, log: boolean): [number, number] | null {
   let low = Infinity
   let high = -Infinity
   let count = 0
   for (const line of lines)
     for (let i = 0; i < line.length; i++) {
       const v = line[i]
-      if (!Number.isFinite(v) || (log && v <= 0)) continue
+      if (!isNumber(v) || (log && v <= 0)) continue
       count++
       if (v < low) low = v
       if (v > high) high = v

@@ -237,7 +237,7 @@ export interface Scan {
   session: number
 }
 
-export type XAxis = 'step' | 'time' | 'relative'
+export type XAxis = 'step' | 'epoch' | 'time' | 'relative'
 
 export interface ChartQuestion {
   series: [string, string][]
