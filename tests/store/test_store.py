@@ -55,6 +55,9 @@ def test_a_store_of_the_version_before_is_upgraded_with_all_that_it_holds(store,
     with store.begin() as connection:
         for column in ("door", "asker", "run"):
             connection.exec_driver_sql(f"ALTER TABLE command DROP COLUMN {column}")
+        for column in ("rollup_16", "rollup_256"):
+            connection.exec_driver_sql(f"ALTER TABLE metric_chunk DROP COLUMN {column}")
+        connection.exec_driver_sql("DROP TABLE sample_tag")
         connection.exec_driver_sql("PRAGMA user_version=2")
     with closing(Store.open(store.root)) as again:
         again.insert_command(id, "new", "pause", {}, 2.0, door="cli", asker="ada@lab")

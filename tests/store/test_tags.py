@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onthefly.errors import InvalidCommandError
-from onthefly.store import schema, tags
+from onthefly.store import tags
 from onthefly.store.store import Store
 
 
@@ -25,13 +25,6 @@ def test_a_tag_is_given_and_taken(store):
     assert plain(tags.read(store, "q", "train")) == {}
     words = tags.column({"a": np.array([0, 2]), "b": np.array([2, 7])}, 3)
     assert words.tolist() == ["a", "", "a; b"]
-
-
-def test_a_store_from_before_there_were_tags_has_none_until_one_is_given(store):
-    with store.begin() as connection:
-        schema.sample_tag.drop(connection)
-    assert tags.read(store, "p", "train") == {}
-    assert plain(tags.change(store, "p", "train", "odd", [1], tagged=True)) == {"odd": [1]}
 
 
 def test_nothing_is_lost_when_several_tag_at_once(store):

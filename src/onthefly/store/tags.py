@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from sqlalchemy import Connection, delete, insert, inspect, select
+from sqlalchemy import Connection, delete, insert, select
 
 from onthefly.errors import InvalidCommandError
 from onthefly.store import schema
@@ -53,7 +53,6 @@ def change(store: Store, project: str, data: str, tag: str, indices: Sequence[in
             raise InvalidCommandError(f"there are {MOST} tags already; take one from all of its samples first")
         tags[tag] = after
         table = schema.sample_tag
-        table.create(connection, checkfirst=True)  # a store that was made before there were tags has no such table
         here = (table.c.project == project) & (table.c.data == data) & (table.c.tag == tag)
         connection.execute(delete(table).where(here))
         if len(after):
@@ -75,7 +74,5 @@ def column(tags: Tags, length: int) -> np.ndarray:
 
 def _read(connection: Connection, project: str, data: str) -> dict[str, np.ndarray]:
     table = schema.sample_tag
-    if not inspect(connection).has_table(table.name):
-        return {}
     wanted = select(table.c.tag, table.c.samples).where((table.c.project == project) & (table.c.data == data))
     return {tag: np.frombuffer(samples, "<i8").astype(np.int64) for tag, samples in connection.execute(wanted)}
