@@ -1,14 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-web test-long lint bench results clean web screenshots
+.PHONY: demo test test-all test-web test-long lint lint-python lint-web bench results clean web screenshots
 
 WEB := src/onthefly/hub/web
 
-# The stamp is remade when what it was made from changes. Python compiles what it comes to import, which is a small part of all.
+# The stamp is remade when what it was made from changes. pip would compile on one core alone, which takes as long as the rest. Some
+# packages carry files that are no Python of this version: what cannot be compiled is left.
 .venv/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 # The dashboard. Node comes with the development packages.
@@ -41,10 +43,15 @@ coverage: .venv/stamp web
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/web --cov --cov-report=term-missing:skip-covered $(TEST_ARGS)
 
 lint: .venv/stamp web
+	$(MAKE) --jobs=2 lint-python lint-web
+
+lint-python:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+lint-web:
 	cd $(WEB) && PATH="$(CURDIR)/$(BIN):$$PATH" npm run --silent lint
 	cd $(WEB) && PATH="$(CURDIR)/$(BIN):$$PATH" npm run --silent check
 	cd $(WEB) && PATH="$(CURDIR)/$(BIN):$$PATH" npm run --silent test

@@ -149,15 +149,15 @@ class Training:
         ended(self.process)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def training(tmp_path_factory):
-    """One for all tests: each leaves it running, on whatever run."""
+    """One for all tests of the hub: each leaves it running, on whatever run."""
     made = Training(tmp_path_factory.mktemp("training") / "store")
     yield made
     made.end()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def hub(training):
     """The hub of the real training."""
     return training.hub
