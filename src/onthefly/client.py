@@ -12,8 +12,8 @@ in checkpoints.
 from __future__ import annotations
 
 import copy
-import getpass
 import os
+import pwd
 import socket
 import time
 import uuid
@@ -1059,8 +1059,8 @@ class Client:
 def _user() -> str:
     """Who runs this process, for the audit trail: `user@host`."""
     try:
-        name = getpass.getuser()
-    except (KeyError, OSError):  # a container may have no name for its user
+        name = pwd.getpwuid(os.getuid()).pw_name  # and not what the environment says
+    except KeyError:  # a container may have no name for its user
         name = f"uid {os.getuid()}"
     return f"{name}@{socket.gethostname()}"
 

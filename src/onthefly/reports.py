@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from onthefly.errors import (
 from onthefly.health import determinism, health, numerics
 from onthefly.health.findings import KINDS, Finding, Report, Table, in_order, number
 from onthefly.store import queries
+from onthefly.store.queries import Series
 
 if TYPE_CHECKING:
     from onthefly.client import Client
@@ -50,19 +50,34 @@ class KeptReport:
 
 @dataclass(frozen=True)
 class _Past:
-    """What is recorded of a run: its events, its losses by (step, value), and when the steps of `loss` were logged."""
+    """What is recorded of a run: its events, and every point of its losses."""
 
     events: Sequence[EventRow]
-    losses: Mapping[str, Sequence[tuple[int, float]]]
-    times: Sequence[float]
+    series: Mapping[str, Series]
 
     def until(self, step: int, when: float) -> _Past:
         """What was recorded then."""
-        length = {name: bisect.bisect_right(points, step, key=lambda p: p[0]) for name, points in self.losses.items()}
-        losses = {name: points[: length[name]] for name, points in self.losses.items() if length[name]}
-        left_out = len(self.losses.get("loss", ())) - len(self.times)  # a first bad point may come without its time
-        times = self.times[: max(length.get("loss", 0) - left_out, 0)]
-        return _Past([event for event in self.events if event.time <= when], losses, times)
+        series = {}
+        for name, points in self.series.items():
+            length = int(points.steps.searchsorted(step, "right"))
+            if length:
+                series[name] = Series(points.steps[:length], points.values[:length], points.times[:length])
+        return _Past([event for event in self.events if event.time <= when], series)
+
+    def losses(self) -> tuple[dict[str, list[tuple[int, float]]], list[float]]:
+        """The last points of each loss as (step, value), with its first bad one, and when those of `loss` were logged."""
+        import numpy as np
+
+        losses: dict[str, list[tuple[int, float]]] = {}
+        times: list[float] = []
+        for name, points in self.series.items():
+            first = np.flatnonzero(~np.isfinite(points.values))[:1]
+            begin = max(len(points.values) - _MOST_POINTS, 0)
+            kept = [*first[first < begin].tolist(), *range(begin, len(points.values))]
+            losses[name] = [(int(points.steps[i]), float(points.values[i])) for i in kept]
+            if name == "loss":
+                times = points.times[begin:].tolist()
+        return losses, times
 
 
 @dataclass(frozen=True)
@@ -201,12 +216,13 @@ def _recorded(client: Client, kind: str, row: RunRow, session: SessionRow | None
 
 
 def _past(client: Client, row: RunRow) -> _Past:
-    return _Past(client.events(row.name), *_losses(client, row.name))
+    names = [name for name in client.metric_names(row.name) if name == "loss" or name.endswith("_loss")]
+    return _Past(client.events(row.name), {name: client.series(row.name, name) for name in names})
 
 
 def _judged(kind: str, row: RunRow, past: _Past, session: SessionRow | None) -> _Recorded:
     """What the past tells, besides what a session sees in its steps."""
-    events, losses, times = past.events, past.losses, past.times
+    events, (losses, times) = past.events, past.losses()
     latest = {name: points[-_LATEST:] for name, points in losses.items() if points}
     findings: list[Finding] = []
     facts: list[str] = []
@@ -225,24 +241,6 @@ def _judged(kind: str, row: RunRow, past: _Past, session: SessionRow | None) -> 
 
 def _is_alive(client: Client, session: SessionRow | None) -> bool:
     return session is not None and session.ended is None and client.store.is_alive(session)
-
-
-def _losses(client: Client, run: str) -> tuple[dict[str, list[tuple[int, float]]], list[float]]:
-    import numpy as np
-
-    losses: dict[str, list[tuple[int, float]]] = {}
-    times: list[float] = []
-    for name in client.metric_names(run):
-        if name != "loss" and not name.endswith("_loss"):
-            continue
-        points = client.series(run, name)
-        first = np.flatnonzero(~np.isfinite(points.values))[:1]
-        begin = max(len(points.values) - _MOST_POINTS, 0)
-        kept = [*first[first < begin].tolist(), *range(begin, len(points.values))]
-        losses[name] = [(int(points.steps[i]), float(points.values[i])) for i in kept]
-        if name == "loss":
-            times = points.times[begin:].tolist()
-    return losses, times
 
 
 def _scales(client: Client, run: str) -> numerics.Numbers:

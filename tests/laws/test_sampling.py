@@ -181,10 +181,10 @@ def test_a_scan_that_was_altered_on_the_disk_is_named_and_made_anew(trainings):
     client.store.recover(time.time())
     assert "scan" in {finding.kind for finding in client.fsck().errors}
     assert "scan" not in {finding.kind for finding in client.fsck(full=False).errors}  # it is there
-    resumed = trainings.resume(training, stops=(8,))
+    resumed = trainings.resume(training, stops=(0, 8)).at(0)
     assert resumed.client.checkpoints("baseline")[-1].hash == found["checkpoint"]
-    id = resumed.send("scanSamples")
-    assert resumed.done(id)["again"] is False
+    id = resumed.deliver("scanSamples")
+    assert resumed.go().done(id)["again"] is False
     resumed.at(8).go()
     resumed.end()
     assert Path(found["path"]).read_bytes() == whole

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 from contextlib import closing
 
 import numpy as np
@@ -129,3 +130,26 @@ def test_indices_that_the_data_set_has_not_are_refused():
             shown(loader, indices)
     with pytest.raises(UnsupportedLoaderError):
         shown([1, 2], [0])
+
+
+class Remembering(Dataset):
+    """Keeps what it has given once, and takes its time for one sample."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 3:
+            time.sleep(60)
+        return self.kept.setdefault(index, torch.rand(()))
+
+
+def test_what_a_data_set_remembers_meanwhile_is_not_in_this_process_and_a_slow_sample_is_not_waited_for():
+    dataset = Remembering()
+    assert list(shown(DataLoader(dataset), [0, 1])) == [0, 1]
+    assert dataset.kept == {}
+    with closing(read(DataLoader(dataset), [2, 3, 0], patience=1)) as contents:
+        assert [index for index, _ in contents] == [2]

@@ -43,7 +43,7 @@ def test_nothing_is_lost_when_several_tag_at_once(store):
 
 
 def test_tags_have_their_limits(store):
-    for wrong in ("", "  ", "a;b", "a\nb", "x" * 65):
+    for wrong in ("", "  ", "a;b", "a\nb", "x" * 65, "=1+1", "@x"):
         with pytest.raises(InvalidCommandError):
             tags.change(store, "p", "train", wrong, [1], tagged=True)
     with pytest.raises(InvalidCommandError):

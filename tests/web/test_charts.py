@@ -62,9 +62,9 @@ def test_curves_are_drawn_by_epoch(open_page, stage):
     expect(chart(page, "val_loss").locator(".u-over")).to_be_visible()
     page.get_by_label("x axis").select_option("epoch")
     over = chart(page, "loss").locator(".u-over")
-    box = over.bounding_box()
-    over.hover(position={"x": box["width"] - 1, "y": 40})
-    expect(chart(page, "loss").locator(".hint")).to_contain_text("epoch ")
+    over.hover()
+    expect(chart(page, "loss").locator(".hint")).to_contain_text("epoch ")  # it is drawn anew
+    over.hover(position={"x": over.bounding_box()["width"] - 1, "y": 40})
     said = float(chart(page, "loss").locator(".hint").inner_text().removeprefix("epoch "))
     expect(chart(page, "val_loss").locator(".hint")).to_contain_text("epoch ")  # the cursor is in all of them
     # The last point is of a step that the training has done.

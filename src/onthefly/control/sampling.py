@@ -148,7 +148,7 @@ class Sampling:
         found: dict[int, Content] = {}
         ends = time.monotonic() + _SHOWING
         try:
-            with same_randomness(loader), closing(read(loader, indices)) as contents:
+            with same_randomness(loader), closing(read(loader, indices, _SHOWING)) as contents:
                 for index, content in contents:
                     found[index] = content
                     self.look_up()

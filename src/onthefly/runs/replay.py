@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -26,7 +27,8 @@ from onthefly.runs import launch as launching
 from onthefly.runs.launch import Launch
 
 _OWN = re.compile(r"onthefly\.errors\.(\w+): (.*)")  # the last line of the traceback of an error of ours
-_WORKROOM = re.compile(r"\.(scan|verify)-\w+")
+_WORKROOM = re.compile(r"\.(scan|verify)-[a-z0-9_]{8}")
+_MARK = "onthefly-workroom"  # a file in each: holds the name of the host, as a lock may be known there only
 _FRESH = 60.0  # seconds: a younger workroom may not be locked yet
 _TAIL = 15  # lines of its output that the error quotes
 _LOOK = 0.1  # seconds between two looks at how far it is
@@ -50,6 +52,7 @@ def workroom(checkpoint: Path, prefix: str) -> Iterator[Path]:
     is read-only, the system's. One of a process that was killed is found by `left_workrooms`."""
     beside = checkpoint.parent if os.access(checkpoint.parent, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=prefix, dir=beside) as name, _in_use(Path(name)):
+        (Path(name) / _MARK).write_text(socket.gethostname())
         yield Path(name)
 
 
@@ -81,12 +84,14 @@ def remove_workroom(path: Path) -> bool:
 def _is_left(path: Path) -> bool:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:  # gone meanwhile, or no folder of ours
+    except OSError:  # gone meanwhile, or no folder
         return False
     try:
+        if (path / _MARK).read_text() != socket.gethostname():
+            return False
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return time.time() - os.fstat(fd).st_mtime > _FRESH
-    except OSError:
+    except OSError:  # somebody uses it, or nobody made it a workroom
         return False
     finally:
         os.close(fd)

@@ -41,4 +41,6 @@ def changes(before: Columns, after: Columns) -> Changes:
     if "correct" in before and "correct" in after:
         was, is_now = before["correct"].astype(bool), after["correct"].astype(bool)
         return Changes("correct", one, other, learned=~was & is_now, forgotten=was & ~is_now)
-    return Changes("loss", one, other, learned=other < one * _HALVED, forgotten=one < other * _HALVED)
+    # Of what can be negative, such as a likelihood of densities, half is no measure: it is neither learned nor forgotten.
+    both = (one >= 0) & (other >= 0)
+    return Changes("loss", one, other, learned=both & (other < one * _HALVED), forgotten=both & (one < other * _HALVED))

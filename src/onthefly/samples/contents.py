@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from onthefly.errors import said
 from onthefly.samples.loading import SEED, Source, iterate
@@ -47,27 +47,30 @@ class Content:
     """uint8 [H, W, 1|3|4], at most `SIDE` on a side."""
 
 
-def read(loader: Any, indices: Sequence[int]) -> Generator[tuple[int, Content], None, None]:
+def read(loader: Any, indices: Sequence[int], patience: float = 0) -> Generator[tuple[int, Content], None, None]:
     """What a loader's data set holds at some indices, one after the other, as (index, content).
 
-    Each is loaded as a scan loads it: seeded by its index, and, if the loader has workers, in a worker (one of our own), so that
-    files which the data set opens are not opened in the training's process. What the data set raises is the content of
-    that sample. It moves the process-wide random state; close it when not all of it is taken.
+    Each is loaded as a scan loads it, seeded by its index, but always in a worker, one of our own, also where the loader has none: what
+    the data set opens or remembers meanwhile is not in the training's process. What the data set raises is the content of that
+    sample. It ends early when a sample takes longer than `patience` seconds. It moves the process-wide random state; close it
+    when not all of it is taken.
 
     Raises `UnsupportedLoaderError` for a loader whose samples have no index, and `InvalidCommandError` for indices that are
     not of its data set, or given twice.
     """
     chosen = np.asarray(indices, dtype=np.int64)
-    source = Source.of(loader, torch.from_numpy(chosen))
-    samples = _Samples(source)
-    numbers = chosen.tolist()
-    if not (isinstance(loader, DataLoader) and loader.num_workers):
-        for place, index in enumerate(numbers):
-            yield index, samples[place]
-        return
-    iterator = iterate(loader, samples, num_workers=1, pin_memory=False)
+    samples = _Samples(Source.of(loader, torch.from_numpy(chosen)))
+    how = {"num_workers": 1, "pin_memory": False, "timeout": patience, "prefetch_factor": 2}
+    iterator = iterate(loader, samples, **how)
     try:
-        yield from zip(numbers, iterator, strict=True)
+        for index in chosen.tolist():
+            try:
+                content = next(iterator)
+            except RuntimeError as e:  # of the worker: a sample's own error is its content
+                if "timed out" in str(e):
+                    return
+                content = Content("error", _clean(f"the worker that reads samples ended: {said(e)}"))
+            yield index, content
     finally:
         iterator._shutdown_workers()
 

@@ -36,12 +36,15 @@ def read(store: Store, project: str, data: str) -> Tags:
 def change(store: Store, project: str, data: str, tag: str, indices: Sequence[int], *, tagged: bool) -> Tags:
     """Give a tag to samples, or take it from them. Samples that have it already, or have not, stay as they are. Gives all tags.
 
-    Raises `InvalidCommandError` for a tag that is no word of 1 to 64 printable characters without ";", for an index that
-    cannot be one, and for more than 64 tags.
+    Raises `InvalidCommandError` for a tag that is no word of 1 to 64 printable characters without ";" or that begins with = + - @, for an
+    index that cannot be one, and for more than 64 tags.
     """
     tag = tag.strip()
-    if not 0 < len(tag) <= _LONGEST or not tag.isprintable() or ";" in tag:
-        raise InvalidCommandError(f'a tag is 1 to {_LONGEST} printable characters without ";", not {tag[:80]!r}')
+    # A spreadsheet takes a cell that begins with one of these for a formula, and exports have tags.
+    if not 0 < len(tag) <= _LONGEST or not tag.isprintable() or ";" in tag or tag[0] in "=+-@":
+        raise InvalidCommandError(
+            f'a tag is 1 to {_LONGEST} printable characters without ";", and does not begin with = + - @; not {tag[:80]!r}'
+        )
     if any(not 0 <= index < _LARGEST for index in indices):
         raise InvalidCommandError(f"the index of a sample is 0 to {_LARGEST - 1}")
     asked = np.unique(np.asarray(indices, dtype=np.int64))
