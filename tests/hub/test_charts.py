@@ -1,12 +1,17 @@
 """Few points of many: nothing that stands out is lost, gaps stay, and what is asked for is what comes."""
 
+import asyncio
+import sqlite3
+from contextlib import closing
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onthefly
-from onthefly.hub import charts, columns, epochs
+from onthefly.hub import charts, columns, epochs, live
 from onthefly.hub.charts import Charts, Question
 from onthefly.runs.lineage import START, Segment
 from onthefly.store import projection
@@ -101,13 +106,14 @@ def test_what_there_is_not_is_a_gap(many):
         assert all(len(c) == 0 for c in many.draw(Question((("nobody", "x"),), 100, grid=grid)).columns.values())
 
 
-def test_epochs_are_an_axis_of_a_real_session(own_store):
+def trained(store, **config):
+    """The name of a run of three epochs of five batches."""
     import torch
 
     model = torch.nn.Linear(2, 1)
     data = torch.utils.data.TensorDataset(torch.zeros(10, 2), torch.zeros(10, 1))
     loader = torch.utils.data.DataLoader(data, batch_size=2)
-    config = onthefly.SessionConfig(store=own_store, ckpt_every_epoch=False)
+    config = onthefly.SessionConfig(store=store, **config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with onthefly.attach(model, optimizer, train_loader=loader, config=config) as session:
         for _ in session.epochs(3):
@@ -118,16 +124,29 @@ def test_epochs_are_an_axis_of_a_real_session(own_store):
                 optimizer.step()
                 session.log(loss=loss)
             session.log(val_loss=0.5)
+    return session.run
 
+
+def test_epochs_are_an_axis_of_a_real_session(own_store):
+    run = trained(own_store, ckpt_every_epoch=False)
     with onthefly.connect(own_store) as client:
         drawn = Charts(client)
-        x = drawn.draw(Question(((session.run, "loss"),), 100, x="epoch")).columns["x"]
+        x = drawn.draw(Question(((run, "loss"),), 100, x="epoch")).columns["x"]
         np.testing.assert_allclose(x, np.arange(1, 16) / 5)
-        ends = drawn.draw(Question(((session.run, "val_loss"),), 100, x="epoch")).columns["x"]
+        ends = drawn.draw(Question(((run, "val_loss"),), 100, x="epoch")).columns["x"]
         assert ends.tolist() == [1.0, 2.0, 3.0]
-        zoomed = drawn.draw(Question(((session.run, "loss"),), 100, x="epoch", low=1.0, high=2.0)).columns["x"]
+        zoomed = drawn.draw(Question(((run, "loss"),), 100, x="epoch", low=1.0, high=2.0)).columns["x"]
         np.testing.assert_allclose(zoomed, np.arange(4, 12) / 5)
         assert [row.data for row in client.events(kinds=["epochLength"])] == [{"batches": 5}]
+
+
+def test_a_run_from_before_lengths_were_recorded_has_the_epochs_of_its_checkpoints(own_store):
+    run = trained(own_store)
+    with closing(sqlite3.connect(own_store / "onthefly.db")) as connection, connection:
+        connection.execute("DELETE FROM event WHERE kind = 'epochLength'")
+    with onthefly.connect(own_store) as client:
+        x = Charts(client).draw(Question(((run, "loss"),), 100, x="epoch")).columns["x"]
+    np.testing.assert_allclose(x, np.arange(1, 16) / 5)
 
 
 def test_a_run_without_epochs_has_no_place_on_their_axis(many):
@@ -151,11 +170,14 @@ def recorded(first, epoch, of, told):
 @settings(max_examples=60, deadline=None)
 @given(lengths, lengths, st.data(), st.booleans())
 def test_a_fork_counts_epochs_on_from_where_it_left_its_parent(parent, rest, data, told):
-    """The parent's epochs have these lengths, and the fork's other ones, from the middle of an epoch on."""
+    """The parent's epochs have these lengths, and the fork's other ones, from the middle of an epoch or its end on."""
     begins, bounds = recorded(0, 0, parent, told)
-    branch = data.draw(st.integers(0, int(bounds[-1]) - 1))
+    ends = [int(bound) for bound in (bounds[1:] if told else bounds[1:-1])]  # those that the records tell
+    at_end = bool(ends) and data.draw(st.booleans())
+    branch = data.draw(st.sampled_from(ends) if at_end else st.integers(0, int(bounds[-1]) - 1))
     under_way = int(np.searchsorted(bounds, branch, "right")) - 1
-    own, later = recorded(branch + data.draw(st.integers(1, 50)), under_way + 1, rest, told)
+    first, behind = (under_way, 0) if at_end else (under_way + 1, data.draw(st.integers(1, 50)))
+    own, later = recorded(branch + behind, first, rest, told)
     found = {"parent": begins, "fork": own}
     root = epochs.along([Segment("parent", START, None)], found)
     fork = epochs.along([Segment("parent", START, branch), Segment("fork", branch, None)], found)
@@ -165,7 +187,9 @@ def test_a_fork_counts_epochs_on_from_where_it_left_its_parent(parent, rest, dat
         before = np.arange(branch + 1)
         np.testing.assert_allclose(fork.at(before), root.at(before))
     if told or len(parent) + len(rest) > 2:
-        np.testing.assert_allclose(fork.at(later[: len(rest)]), under_way + 1 + np.arange(len(rest)))
+        np.testing.assert_allclose(fork.at(later[: len(rest)]), first + np.arange(len(rest)))
+    if told:
+        np.testing.assert_allclose(fork.at(later[-1:]), first + len(rest))
     for line in (root, fork):
         every = line.at(np.arange(300))
         assert not line.knots or np.all(np.diff(every) >= 0)
@@ -174,6 +198,63 @@ def test_a_fork_counts_epochs_on_from_where_it_left_its_parent(parent, rest, dat
         assert low is None or low <= at + 1e-6
         assert high is None or high >= at - 1e-6
         assert not told or every[at] == 0 or (low == pytest.approx(at) and high == pytest.approx(at))
+
+
+@pytest.mark.parametrize(("length", "epoch"), [(75, 7), (75, 14), (49, 1)])
+def test_a_fork_at_the_end_of_an_epoch_has_its_own_length(length, epoch):
+    """Some of these ends come out a bit above the whole number when they are interpolated."""
+    branch = length * epoch
+    found = {"parent": [EpochBegin(0, 0, length)], "fork": [EpochBegin(branch, epoch, 10)]}
+    line = epochs.along([Segment("parent", START, branch), Segment("fork", branch, None)], found)
+    assert line.at(np.array([branch, branch + 10])).tolist() == [epoch, epoch + 1]
+
+
+def test_steps_before_the_first_record_are_spread_over_the_epochs_before_it():
+    """An older version began the run."""
+    line = epochs.along([Segment("run", START, None)], {"run": [EpochBegin(600, 6, 50)]})
+    assert line.at(np.array([0, 150, 300, 600, 650])).tolist() == [0.0, 1.5, 3.0, 6.0, 7.0]
+
+
+@pytest.mark.parametrize("grid", [True, False])
+@pytest.mark.parametrize("x", [np.full(5000, 51.0), np.r_[1.0, np.full(4998, 51.0), 60.0]])
+def test_many_points_at_one_place_can_be_drawn(x, grid):
+    line = (x, np.arange(5000.0))
+    drawn = charts.gridded([line], Question((("r", "m"),), 100)) if grid else charts.apart([line], 100)
+    y = drawn["0" if grid else "0.y"]
+    assert (np.nanmin(y), np.nanmax(y)) == (0.0, 4999.0)
+
+
+@pytest.mark.parametrize("failing", ["draw", "look"])
+def test_a_chart_that_fails_is_said_and_the_tab_goes_on(many, caplog, failing):
+    class Broken:
+        def look(self, questions):
+            return many.look(questions) if failing != "look" else 1 / 0
+
+        def draw(self, question, about):
+            return many.draw(question, about) if question.points != 100 else 1 / 0
+
+    async def snapshot():
+        return live.Snapshot(1, [], 0, {})
+
+    feed = SimpleNamespace(version=1, snapshot=snapshot, store=SimpleNamespace(charts=Broken()))
+    good, bad = (Question((("baseline", "loss"),), points) for points in (50, 100))
+    followed, frames = live._Followed(feed, charts={"bad": bad, "good": good}), []
+
+    async def three_frames():
+        tab = live.Tab(None, None)
+        frames.append(await tab._of("s", followed, live._Frame()))
+        followed.drawn.pop("bad", None)
+        frames.append(await tab._of("s", followed, live._Frame()))
+        feed.store.charts, feed.version = many, 2
+        followed.drawn.clear()
+        frames.append(await tab._of("s", followed, live._Frame()))
+
+    asyncio.run(three_frames())
+    assert "ZeroDivisionError" in frames[0]["error"]["message"]
+    assert list(frames[0].get("charts", {})) == (["good"] if failing == "draw" else [])
+    assert frames[1] == {}
+    assert (frames[2]["error"], sorted(frames[2]["charts"])) == (None, ["bad", "good"])
+    assert [bool(record.exc_info) for record in caplog.records if record.name == "onthefly"] == [True]
 
 
 def test_an_epoch_that_was_left_early_is_short_and_no_other_is():

@@ -327,6 +327,8 @@ def gridded(lines: Sequence[tuple[np.ndarray, np.ndarray]], question: Question) 
     count = question.points // 2
     low = min(float(x[0]) for x, _ in lines if len(x))
     high = max(float(x[-1]) for x, _ in lines if len(x))
+    if high == low:  # all lie at one place, such as behind the last epoch that is known: buckets need a width
+        high = low + max(1.0, abs(low) * 1e-9)
     columns = {"x": low + (high - low) * (np.arange(2 * count) + 0.5) / (2 * count)}
     for number, (x, y) in enumerate(lines):
         columns[str(number)] = bucketed(x, y, low, high, count)
@@ -371,9 +373,11 @@ def downsampled(x: np.ndarray, y: np.ndarray, points: int) -> np.ndarray:
     strange = np.flatnonzero(~np.isfinite(y))
     kept = good
     if len(good) > points:
+        # It panics if all x but the ends are one; then points are told apart by their number.
+        by = (x[good],) if x[good[1]] != x[good[-2]] else ()
         kept = good[
             MinMaxLTTBDownsampler().downsample(  # type: ignore[no-untyped-call]
-                x[good], y[good], n_out=points
+                *by, y[good], n_out=points
             )
         ]
     return np.union1d(kept, strange[:: max(1, len(strange) // _STRANGE)])

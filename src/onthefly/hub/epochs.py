@@ -15,6 +15,7 @@ from onthefly.store.charts import EpochBegin
 
 _Knot = tuple[float, float]
 _FAR = 1 << 20  # epochs: no run gets there
+_CLOSE = 1e-9  # part of an epoch, or of their number, by which interpolation may miss a whole one
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def along(path: Sequence[Segment], begins: Mapping[str, Sequence[EpochBegin]]) -
 
     A run's line is its parent's up to where it branched off, even in the middle of an epoch of which the rest is shorter.
     Epochs that have not ended take as long as they have batches; where that is not known, as long as the one before.
+    Those before the first that is recorded are taken to be of one length, from step 0 on.
     """
     line = Epochs()
     for segment in path:
@@ -79,11 +81,13 @@ def _onward(line: Epochs, branch: int, begins: Sequence[EpochBegin]) -> Epochs:
     knots = [knot for knot in line.knots if knot[0] < branch]
     length, end = None, 0.0  # of the epoch under way, and the epoch up to which others are taken to be as long
     if line.knots:
-        knots.append((branch, float(line.at(np.array([branch]))[0])))
+        knots.append((branch, _whole(float(line.at(np.array([branch]))[0]))))
         length, end = _length(line, branch), line.knots[-1][1]
     for begin in begins:
         if begin.step < branch or (knots and begin.epoch < knots[-1][1]):
             continue
+        if not knots and begin.epoch > 0 and begin.step > 0:  # an older version, which recorded none, began the run
+            knots.append((0, 0))
         if not knots:
             knots.append((begin.step, begin.epoch))
         elif begin.epoch > knots[-1][1]:
@@ -97,6 +101,12 @@ def _onward(line: Epochs, branch: int, begins: Sequence[EpochBegin]) -> Epochs:
     if length is not None and epoch < end:
         knots.append((step + (end - epoch) * length, end))
     return Epochs(tuple(knots) if len(knots) > 1 else ())
+
+
+def _whole(epoch: float) -> float:
+    """The whole number that an epoch is but for rounding: a bit above it, the epoch that begins there would seem to be over."""
+    near = float(round(epoch))
+    return near if abs(epoch - near) <= _CLOSE * max(1.0, near) else epoch
 
 
 def _pass(knots: list[_Knot], begin: EpochBegin, length: float | None) -> float:

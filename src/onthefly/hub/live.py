@@ -23,7 +23,7 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from onthefly.errors import InvalidCommandError, OnTheFlyError
+from onthefly.errors import InvalidCommandError, OnTheFlyError, said
 from onthefly.hub import columns, events
 from onthefly.hub.api.common import problem
 from onthefly.hub.api.events import EventView, event_view
@@ -35,6 +35,7 @@ from onthefly.hub.events import Cursor
 from onthefly.hub.stores import ChangeWatch, OpenStore, Stores
 
 router = APIRouter()
+_log = logging.getLogger("onthefly")
 
 _LOOK = 0.05  # seconds between two looks whether a store has changed
 _PULSE = 1.0  # seconds between two looks for what changes without a commit: a process that dies
@@ -182,6 +183,8 @@ class _Followed:
     """Sessions that lived at some time since the tab follows: it is told how they ended."""
     runs: int | None = None
     drawn: dict[str, tuple[Question, str]] = field(default_factory=dict)
+    failed: dict[str, OnTheFlyError] = field(default_factory=dict)
+    """Charts that could not be drawn because of a defect, until they can be."""
     error: dict[str, str] | None = None
     more: bool = False
 
@@ -236,8 +239,8 @@ class Tab:
             try:
                 self._take(_MESSAGE.validate_python(content))
             except ValidationError as e:
-                said = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in e.errors()[:5])
-                await self._say({"type": "error", "error": problem(InvalidCommandError(said))})
+                wrong = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in e.errors()[:5])
+                await self._say({"type": "error", "error": problem(InvalidCommandError(wrong))})
             except OnTheFlyError as e:
                 await self._say({"type": "error", "error": problem(e)})
 
@@ -292,16 +295,21 @@ class Tab:
             if followed.with_events:
                 found |= await self._events(followed, snapshot)
             found |= await run_in_threadpool(_charts, id, followed, frame)
-        except OnTheFlyError as e:
+        except Exception as e:  # noqa: BLE001  a defect, too: this task sends what there is of the tab's other stores
             # Nothing of this is sent, so all of it is still to be sent.
             followed.cursor, followed.sessions, followed.runs = cursor, None, None
             followed.drawn.clear()
             asyncio.get_running_loop().call_later(_PULSE, self._changed.set)
-            before, followed.error = followed.error, problem(e)
-            return {"error": followed.error} if followed.error != before else {}
-        if followed.error is not None:
-            followed.error = None
-            found["error"] = None
+            before, followed.error = followed.error, problem(e if isinstance(e, OnTheFlyError) else _defect(e))
+            if followed.error == before:
+                return {}
+            if not isinstance(e, OnTheFlyError):
+                _log.exception("store %s could not be looked at", id)
+            return {"error": followed.error}
+        charts = followed.charts  # the page may have asked for others meanwhile
+        failed = next((problem(error) for chart, error in followed.failed.items() if chart in charts), None)
+        if followed.error != failed:
+            found["error"] = followed.error = failed
         followed.version = snapshot.version
         return found
 
@@ -343,7 +351,7 @@ async def live(socket: WebSocket) -> None:
     except WebSocketDisconnect:
         pass
     except RuntimeError as e:  # it was closed between a look and a word
-        logging.getLogger("onthefly").debug("a tab has gone: %s", e)
+        _log.debug("a tab has gone: %s", e)
     finally:
         feeds.tabs -= 1
 
@@ -372,7 +380,10 @@ def _sessions(followed: _Followed, snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _charts(id: str, followed: _Followed, frame: _Frame) -> dict[str, Any]:
-    """The charts that have changed; their columns go into the frame."""
+    """The charts that have changed; their columns go into the frame. One that a defect keeps from being drawn is in `failed`.
+
+    Raises `OnTheFlyError` where the store cannot be read.
+    """
     asked = dict(followed.charts)
     if not asked:
         return {}
@@ -381,12 +392,26 @@ def _charts(id: str, followed: _Followed, frame: _Frame) -> dict[str, Any]:
     for (name, question), about in zip(asked.items(), charts.look(list(asked.values())), strict=True):
         if followed.drawn.get(name) == (question, about.version):
             continue
-        drawn = charts.draw(question, about)
-        followed.drawn[name] = (question, drawn.version)
+        followed.drawn[name] = (question, about.version)
+        before = followed.failed.pop(name, None)
+        try:
+            drawn = charts.draw(question, about)
+        except OnTheFlyError:
+            raise
+        except Exception as e:  # noqa: BLE001  the others go on, and this one is tried again when it has changed
+            error = followed.failed[name] = _defect(e, f"chart {name!r}: ")
+            if str(error) != str(before):  # once, not for every step of a run that is under way
+                _log.exception("chart %r of store %s could not be drawn", name, id)
+            continue
         prefix = f"{id}/{name}/"
         frame.columns.update(_prefixed(prefix, drawn))
         found[name] = {"series": drawn.series, "x": question.x, "grid": question.grid, "columns": prefix}
     return {"charts": found} if found else {}
+
+
+def _defect(error: Exception, where: str = "") -> OnTheFlyError:
+    """An error that nobody has thought of, as one that can be said to a page."""
+    return OnTheFlyError(f"{where}{type(error).__name__}: {said(error)}")
 
 
 def _prefixed(prefix: str, drawn: Drawn) -> Iterable[tuple[str, np.ndarray]]:

@@ -75,27 +75,39 @@ class EpochBegin:
 
 
 def epoch_begins(store: Store) -> dict[str, list[EpochBegin]]:
-    """For every run, what its sessions have recorded of its epochs, in the order of steps, on its trajectory as it now stands."""
+    """For every run, what its sessions have recorded of its epochs, in the order of steps, on its trajectory as it now stands.
+
+    Of a run from before they recorded it, the checkpoints at ends of epochs tell where the next ones began.
+    """
     table = schema.event
     wanted = select(table.c.run, table.c.generation, table.c.kind, table.c.step, table.c.epoch, table.c.data)
     wanted = wanted.where(table.c.run.in_(select(schema.run.c.name)))  # what leads SQLite to its index
     wanted = wanted.where(table.c.kind.in_(("epochLength", "generation")))
     with store.read() as connection:
         rows = connection.execute(wanted).all()
+        names = set(connection.execute(select(schema.run.c.name)).scalars())
+        older = sorted(names - {row.run for row in rows if row.kind == "epochLength"})
+        ended = [row for some in _batches(older) for row in connection.execute(_epoch_checkpoints(some))]
     resets: dict[str, list[tuple[int, int]]] = {}
     for row in rows:
         if row.kind == "generation":
             resets.setdefault(row.run, []).append((row.generation, int(row.data["from"])))
+    begins = [(row, row.data.get("batches")) for row in rows if row.kind == "epochLength"]
     found: dict[str, list[tuple[int, int, int, int | None]]] = {}
-    for row in rows:
-        hidden = any(row.generation < newer and row.step > last for newer, last in resets.get(row.run, ()))
-        if row.kind == "epochLength" and not hidden:
-            about = (row.step, row.epoch, row.generation, row.data.get("batches"))
-            found.setdefault(row.run, []).append(about)
+    for row, batches in [*begins, *((row, None) for row in ended)]:
+        if not any(row.generation < newer and row.step > last for newer, last in resets.get(row.run, ())):
+            found.setdefault(row.run, []).append((row.step, row.epoch, row.generation, batches))
     return {
         run: [EpochBegin(step, epoch, batches) for step, epoch, _, batches in sorted(of, key=lambda begin: begin[:3])]
         for run, of in found.items()
     }
+
+
+def _epoch_checkpoints(runs: Sequence[str]) -> Select[Any]:
+    """Checkpoints that were saved between two epochs, those that are gone from disk too. Others lie anywhere in an epoch."""
+    table = schema.checkpoint
+    wanted = select(table.c.run, table.c.generation, table.c.step, table.c.epoch)
+    return wanted.where(table.c.run.in_(runs), table.c.reason == "epoch")
 
 
 def positions(store: Store) -> tuple[tuple[int, int], ...]:
