@@ -65,7 +65,10 @@ def drag(page, element, *places):
 def test_what_is_brushed_is_seen_as_the_data_set_gives_it(page):
     drag(page, page.locator("canvas[aria-label^='Histogram of loss']"), (0.4, 0.5), (0.99, 0.5))
     expect(page.get_by_role("heading", name=re.compile("^[0-9 ]+ selected$"))).to_be_visible()
-    first = table(page).get_by_label(re.compile("^picture of sample")).first
+    pictures = table(page).get_by_label(re.compile("^picture of sample"))
+    expect(pictures).to_have_count(0)  # nothing is read before it is asked for
+    page.get_by_role("button", name="Show pictures").click()
+    first = pictures.first
     expect(first).to_be_visible()
     shades = first.evaluate("c => [c.width, c.height, new Set(c.getContext('2d').getImageData(0, 0, 8, 8).data).size]")
     assert shades[:2] == [8, 8]
@@ -125,6 +128,50 @@ def test_samples_are_filtered_tagged_discarded_and_left_out_of_a_fork(page, stag
         tags = client.sample_tags()
     assert len(tags["discarded"]) == 12
     assert chosen == set(tags["<b>odd</b>"]) - set(tags["discarded"])
+
+
+def test_a_fork_on_nothing_chosen_leaves_the_discarded_out_as_well(page, stage):
+    with onthefly.connect(stage.store) as client:
+        client.subset()
+        client.tag_samples([3, 17], "discarded")
+        discarded = set(client.sample_tags()["discarded"])
+    for name in ("rest", "fewer"):  # the second goes on with the samples of the first, and not with all
+        page.keyboard.press("f")
+        fork = page.get_by_role("dialog", name="Fork this run")
+        expect(fork.get_by_label(f"without {len(discarded)} discarded samples")).to_be_checked()
+        fork.get_by_label("Name", exact=True).fill(name)
+        fork.get_by_role("button", name="Fork", exact=True).click()
+        expect(page.locator("header.top .now")).to_contain_text(name)
+        with onthefly.connect(stage.store) as client:
+            assert set(client.selection(name).indices.tolist()) == set(range(1257)) - discarded
+            client.tag_samples([40], "discarded")
+            discarded = set(client.sample_tags()["discarded"])
+
+    with onthefly.connect(stage.store) as client:
+        client.save()
+        client.tag_samples([41], "discarded")
+        discarded = set(client.sample_tags()["discarded"])
+    page.keyboard.press("6")
+    page.get_by_role("region", name="Table of checkpoints").get_by_role("button", name="Fork…").first.click()
+    fork = page.get_by_role("dialog", name="Fork from fewer")
+    fork.get_by_label("Name", exact=True).fill("earlier")
+    fork.get_by_role("button", name="Fork", exact=True).click()
+    expect(fork).to_have_count(0)
+    with onthefly.connect(stage.store) as client:
+        assert set(client.selection("earlier").indices.tolist()) == set(range(1257)) - discarded
+
+
+def test_a_fork_waits_until_it_is_known_what_is_discarded(page):
+    broken = lambda route: route.fulfill(status=200, content_type="application/json", body="{")  # noqa: E731
+    page.route("**/samples/tags*", broken)
+    page.get_by_label("Choose by expression").blur()
+    page.keyboard.press("f")
+    fork = page.get_by_role("dialog", name="Fork this run")
+    expect(fork.get_by_role("alert")).to_contain_text("could not be read")
+    expect(fork.get_by_role("button", name="Fork", exact=True)).to_be_disabled()
+    page.unroute("**/samples/tags*", broken)
+    fork.get_by_role("button", name="Try again").click()
+    expect(fork.get_by_role("button", name="Fork", exact=True)).to_be_enabled()
 
 
 def test_the_map_is_drawn_around_by_keyboard_and_axe_is_content(page):

@@ -285,7 +285,9 @@ export const TITLES: Record<string, string> = {
   testRun: 'Test',
   set: 'Set',
   scanSamples: 'Scan',
+  showSamples: 'Show',
   cancelScan: 'Cancel scan',
+  adoptScan: 'Adopt scan',
   subset: 'Subset',
   forkRun: 'Fork',
   mergeRuns: 'Merge',
@@ -293,6 +295,7 @@ export const TITLES: Record<string, string> = {
   undo: 'Undo',
   report: 'Report',
   cancelReport: 'Cancel report',
+  exportSubset: 'Export',
 }
 
 /** What a command asked for, in few words. */
@@ -314,6 +317,7 @@ export function asked(command: Command): string {
   if (command.kind === 'subset' && a.recipe) parts.push(recipeText(a.recipe))
   if (command.kind === 'switchRun') parts.push(String(a.run))
   if (command.kind === 'testRun' || command.kind === 'scanSamples') parts.push(`${a.data} data`)
+  if (command.kind === 'showSamples') parts.push(`${(a.indices as unknown[]).length} ${a.data} samples`)
   if (command.kind === 'report') parts.push(String(a.report))
   if (command.kind === 'loadCheckpoint' && a.hash) parts.push(short(String(a.hash)))
   if (command.kind === 'mergeRuns') {

@@ -17,6 +17,8 @@ export interface Content {
 }
 
 const MOST = 64 // in one command
+const FEW = 16 // in one command, once it was seen that so many are not read in time
+const LATE = 'not read: after' // how the session's answer begins for those
 const KEPT = 3000
 const QUIET = 200 // milliseconds without another wish, such as while a table is scrolled
 
@@ -28,6 +30,9 @@ class Contents {
   #data = 'train'
   #length = 0
   #wanted: number[] = []
+  #late = new Set<number>()
+  #again = new Set<number>() // those that were late, and have been out of sight since
+  #most = MOST
   #busy = false
   #timer: ReturnType<typeof setTimeout> | undefined
 
@@ -39,6 +44,9 @@ class Contents {
     this.#data = data
     this.#length = length
     this.#wanted = []
+    this.#late.clear()
+    this.#again.clear()
+    this.#most = MOST
     this.found = new Map()
     this.problem = session === null ? 'no session is alive that could read the samples' : null
   }
@@ -46,6 +54,8 @@ class Contents {
   /** Say which samples are in sight. */
   want(indices: number[]): void {
     this.#wanted = indices
+    // At once they would be late again, and hold up training each time.
+    for (const one of this.#late) if (!indices.includes(one)) this.#again.add(one)
     clearTimeout(this.#timer)
     this.#timer = setTimeout(() => void this.#ask(), QUIET)
   }
@@ -57,7 +67,9 @@ class Contents {
       return
     }
     const session = app.session
-    const missing = this.#wanted.filter((index) => !this.found.has(index)).slice(0, MOST)
+    const missing = this.#wanted
+      .filter((index) => !this.found.has(index) || this.#again.has(index))
+      .slice(0, this.#most)
     if (missing.length === 0 || !session?.alive) return
     const [of, store, length] = [this.#of, app.store, this.#length]
     this.#busy = true
@@ -79,6 +91,12 @@ class Contents {
       const pixels = numbers(got, 'pixels')
       const row = pixels ? pixels.length / index.length : 0
       for (let i = 0; i < index.length; i++) {
+        this.#again.delete(index[i])
+        this.#late.delete(index[i])
+        if (kind[i] === 'error' && text[i].startsWith(LATE)) {
+          this.#late.add(index[i])
+          this.#most = FEW
+        }
         const size = height[i] * width[i] * channels[i]
         // A copy: the whole answer would be kept for the sake of one sample in it.
         const own = size > 0 && pixels ? (pixels.slice(i * row, i * row + size) as Uint8Array) : null
