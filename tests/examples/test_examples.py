@@ -67,6 +67,7 @@ def last_checkpoint(store):
         return client.checkpoints()[-1].path
 
 
+@pytest.mark.long
 def test_own_loop_ends_with_the_same_state_when_it_was_killed_and_resumed(example, tmp_path):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     output = finished(example("own_loop.py", "--epochs", "5", store=alone))
@@ -85,6 +86,7 @@ def test_own_loop_ends_with_the_same_state_when_it_was_killed_and_resumed(exampl
         assert not client.events(kinds=["inexact", "lost"])
 
 
+@pytest.mark.long
 def test_digits_trains_without_workers_too(example):
     output = finished(example("digits.py", "--epochs", "1", "--workers", "0"))
     assert re.search(r"^digits: test accuracy \d+\.\d% after 40 steps$", output, re.MULTILINE)

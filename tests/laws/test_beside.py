@@ -108,6 +108,7 @@ def script(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.long
 def test_under_the_autocast_of_training_at_the_end_of_a_loop_in_mid_epoch(script, capsys, monkeypatch):
     """Of a loop of one's own, which is never run, and of the Trainer's: it knows by itself."""
     with door.connect(script("live")) as client:

@@ -58,7 +58,7 @@ def lives(kind, folder, *more):
     assert parent.returncode == 0
 
 
-@pytest.mark.parametrize("kind", ["over", "beside"])
+@pytest.mark.parametrize("kind", ["over", pytest.param("beside", marks=pytest.mark.long)])
 def test_a_save_killed_at_any_of_its_system_calls_leaves_the_older_checkpoint_or_the_newer(tmp_path, kind):
     """The threads of a save take turns differently each time: it is killed all over again until every moment was met."""
     wanted = {

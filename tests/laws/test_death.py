@@ -17,7 +17,7 @@ from onthefly.store import queries
 @pytest.mark.parametrize(
     ("kills", "kind"),
     [
-        (30, {"epochs": 100, "schedule": True}),
+        pytest.param(30, {"epochs": 100, "schedule": True}, marks=pytest.mark.long),
         (3, {"epochs": 20, "workers": 2, "accumulate": 3, "augmented": False}),
         (3, {"epochs": 20, "workers": 2, "persistent": True, "augmented": False}),
         (3, {"epochs": 100, "loop": "steps"}),

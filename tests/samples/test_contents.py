@@ -1,6 +1,7 @@
 """What samples look like, whatever a data set gives."""
 
 import dataclasses
+import multiprocessing
 import os
 import time
 from contextlib import closing
@@ -153,3 +154,4 @@ def test_what_a_data_set_remembers_meanwhile_is_not_in_this_process_and_a_slow_s
     assert dataset.kept == {}
     with closing(read(DataLoader(dataset), [2, 3, 0], patience=1)) as contents:
         assert [index for index, _ in contents] == [2]
+    assert not multiprocessing.active_children()

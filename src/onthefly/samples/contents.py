@@ -73,6 +73,9 @@ def read(loader: Any, indices: Sequence[int], patience: float = 0) -> Generator[
             yield index, content
     finally:
         iterator._shutdown_workers()
+        for worker in iterator._workers:  # one that is in the middle of a sample is deaf to being asked
+            worker.kill()
+            worker.join()
 
 
 class _Samples:
