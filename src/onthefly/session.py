@@ -180,9 +180,8 @@ class Session:
         self._save_when_paused = False
         self._due_save: str | None = None  # one that waits for pending gradients to be used
         self._leaving: tuple[str, int] | None = None
-        self._epoch_length: tuple[Line, int | None, int, int] | None = (
-            None  # as recorded last: of which line, batches, step, epoch
-        )
+        # As recorded last: of which line, how many batches, from which step and epoch on.
+        self._epoch_length: tuple[Line, int | None, int, int] | None = None
         self._epochs: int | None = None  # how many the loop that is under way was told to do
         self._attend_at: float = 0  # the next step with something to do, whether or not the gate is raised
         try:

@@ -152,6 +152,15 @@ def test_what_a_data_set_remembers_meanwhile_is_not_in_this_process_and_a_slow_s
     dataset = Remembering()
     assert list(shown(DataLoader(dataset), [0, 1])) == [0, 1]
     assert dataset.kept == {}
-    with closing(read(DataLoader(dataset), [2, 3, 0], patience=1)) as contents:
+    looks = []
+    with closing(read(DataLoader(dataset), [2, 3, 0], patience=1, look_up=lambda: looks.append(0))) as contents:
         assert [index for index, _ in contents] == [2]
+    assert len(looks) > 3  # a sample that takes long can be cancelled
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_is_what_is_said_of_the_samples_that_are_left():
+    dying = Given(torch.zeros(()), lambda: os._exit(3), torch.zeros(()))
+    found = shown(DataLoader(dying), [0, 1, 2])
+    assert [one.kind for one in found.values()] == ["scalar", "error", "error"]
+    assert "worker" in found[1].text

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 @options.as_json
 def gc_command(keep: int | None, dry_run: bool, store: Path | None, as_json: bool) -> None:
     """Remove unfinished files, sidecars without checkpoints, files of removed checkpoints, files in the store's own folder
-    that are in no list, folders of scans and proofs that were
-    killed, what was measured of checkpoints that are gone, pictures and maps of samples that are made again when they are asked for, and what retention lets go: by the settings of each run's newest session, or by --keep.
+    that are in no list, folders of scans and proofs that were killed, what was measured of checkpoints that are gone,
+    pictures and maps of samples that are made again when they are asked for, and what retention lets go: by the settings of
+    each run's newest session, or by --keep.
 
     An origin, the best, what is pinned, and what a run goes on from always stay, and so does all of a run that is being trained,
     or that has lost a checkpoint. What went keeps its row, as a tombstone.

@@ -42,7 +42,7 @@ from onthefly.store.projection import project
 Result = dict[str, Any]
 
 _SHOWING = 10.0
-"""Seconds that training stands at most while samples are read for somebody to look at."""
+"""Seconds after which no more samples are read for somebody to look at."""
 
 
 @dataclass(frozen=True)
@@ -145,15 +145,12 @@ class Sampling:
         return {"shown": key, "data": data, "samples": len(indices), "again": again, "path": str(path)}
 
     def _read(self, loader: Any, indices: Sequence[int]) -> dict[int, Content]:
-        found: dict[int, Content] = {}
-        ends = time.monotonic() + _SHOWING
         try:
-            with same_randomness(loader), closing(read(loader, indices, _SHOWING)) as contents:
-                for index, content in contents:
-                    found[index] = content
-                    self.look_up()
-                    if time.monotonic() > ends:
-                        break
+            with (
+                same_randomness(loader),
+                closing(read(loader, indices, patience=_SHOWING, look_up=self.look_up)) as contents,
+            ):
+                found = dict(contents)
         except ScanStopped as e:
             raise CommandError(str(e)) from e
         late = Content("error", f"not read: after {_SHOWING:g} s training goes on; ask for fewer samples")

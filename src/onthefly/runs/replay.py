@@ -77,7 +77,7 @@ def remove_workroom(path: Path) -> bool:
     """Remove a workroom if no process uses it; gives whether it is gone. Raises `OSError`."""
     if path.exists() and not _is_left(path):
         return False
-    shutil.rmtree(path, ignore_errors=False)
+    shutil.rmtree(path)
     return True
 
 
@@ -87,7 +87,7 @@ def _is_left(path: Path) -> bool:
     except OSError:  # gone meanwhile, or no folder
         return False
     try:
-        if (path / _MARK).read_text() != socket.gethostname():
+        if (path / _MARK).read_bytes() != socket.gethostname().encode():
             return False
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return time.time() - os.fstat(fd).st_mtime > _FRESH

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Generator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ SIDE = 96
 TEXT = 500
 """Characters that a text has at most."""
 
+_LOOK = 0.2  # seconds between two looks while a sample takes its time
 _FIRST = 8  # values that are told of an array
 _PARTS = 8  # that are told of a mapping or a sequence
 _SMALLEST = 4  # pixels on a side: what is smaller is a table of numbers, not a picture
@@ -47,30 +49,39 @@ class Content:
     """uint8 [H, W, 1|3|4], at most `SIDE` on a side."""
 
 
-def read(loader: Any, indices: Sequence[int], patience: float = 0) -> Generator[tuple[int, Content], None, None]:
+def read(
+    loader: Any, indices: Sequence[int], *, patience: float = math.inf, look_up: Callable[[], object] = lambda: None
+) -> Generator[tuple[int, Content], None, None]:
     """What a loader's data set holds at some indices, one after the other, as (index, content).
 
     Each is loaded as a scan loads it, seeded by its index, but always in a worker, one of our own, also where the loader has none: what
     the data set opens or remembers meanwhile is not in the training's process. What the data set raises is the content of that
-    sample. It ends early when a sample takes longer than `patience` seconds. It moves the process-wide random state; close it
-    when not all of it is taken.
+    sample; when its worker dies, that is the content of all that are left. `look_up` is called again and again meanwhile. It ends after
+    `patience` seconds, but for up to 5 s that a worker in the middle of a sample is given. It moves the process-wide random state;
+    close it when not all of it is taken.
 
-    Raises `UnsupportedLoaderError` for a loader whose samples have no index, and `InvalidCommandError` for indices that are
-    not of its data set, or given twice.
+    Raises `UnsupportedLoaderError` for a loader whose samples have no index, `InvalidCommandError` for indices that are
+    not of its data set, or given twice, and what `look_up` raises.
     """
     chosen = np.asarray(indices, dtype=np.int64)
     samples = _Samples(Source.of(loader, torch.from_numpy(chosen)))
-    how = {"num_workers": 1, "pin_memory": False, "timeout": patience, "prefetch_factor": 2}
-    iterator = iterate(loader, samples, **how)
+    iterator = iterate(loader, samples, num_workers=1, pin_memory=False, prefetch_factor=2, timeout=_LOOK)
+    ends, lost = time.monotonic() + patience, None
     try:
         for index in chosen.tolist():
-            try:
-                content = next(iterator)
-            except RuntimeError as e:  # of the worker: a sample's own error is its content
-                if "timed out" in str(e):
-                    return
-                content = Content("error", _clean(f"the worker that reads samples ended: {said(e)}"))
+            content = lost
+            while content is None:
+                look_up()
+                try:
+                    content = next(iterator)
+                except RuntimeError as e:  # of the worker: a sample's own error is its content
+                    if "timed out" not in str(e):
+                        content = lost = Content("error", _clean(f"the worker that reads samples ended: {said(e)}"))
+                    elif time.monotonic() > ends:
+                        return
             yield index, content
+            if time.monotonic() > ends:
+                return
     finally:
         iterator._shutdown_workers()
         for worker in iterator._workers:  # one that is in the middle of a sample is deaf to being asked
