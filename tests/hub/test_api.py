@@ -249,6 +249,7 @@ def test_samples_are_scanned_and_come_as_columns(training, hub):
     hub.give(training.session, "saveCheckpoint")
     dynamics, _ = hub.columns("GET", "/dynamics")
     assert dynamics["seen"].sum() > 0
+    assert hub.http.get(f"{hub.at}/dynamics?run=nobody").status_code == 404
     assert hub.http.get(f"{hub.at}/samples.csv").text.startswith('"index"')
 
 

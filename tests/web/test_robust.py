@@ -145,7 +145,7 @@ def test_no_text_that_comes_from_elsewhere_runs(open_page, played, give):
         catalog.scanned(client.store, run="told", **about)
     give(**{XSS: 1.5})
 
-    page = open_page("log", on=played, offline=True)  # nothing was recorded of its samples, which is a 404
+    page = open_page("log", on=played)
     expect(changes(page, XSS)).to_have_count(1)
     changes(page, XSS).click()
     page.get_by_label("Output of a run").select_option("told")

@@ -175,8 +175,13 @@ def get_histogram(
 
 @router.get("/dynamics", response_class=Response, responses=BINARY)
 def get_dynamics(store: Here, run: Annotated[str | None, Query(max_length=100)] = None) -> Response:
-    """What training has recorded of every sample, as of the newest checkpoint."""
-    table = store.client.samples(run, dynamics=True)
+    """What training has recorded of every sample, as of the newest checkpoint: no columns where it has recorded nothing yet."""
+    try:
+        table = store.client.samples(run, dynamics=True)
+    except UnknownReferenceError:
+        if run is not None:
+            store.client.run(run)  # there must be such a run
+        return _binary({}, {})
     return _binary(dict(table.columns), dict(table.about))
 
 
