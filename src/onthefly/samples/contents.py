@@ -65,7 +65,8 @@ def read(
     """
     chosen = np.asarray(indices, dtype=np.int64)
     samples = _Samples(Source.of(loader, torch.from_numpy(chosen)))
-    iterator = iterate(loader, samples, num_workers=1, pin_memory=False, prefetch_factor=2, timeout=_LOOK)
+    # Nothing is read ahead: a worker that dies takes what it has not handed over with it, and the sample asked for is the one to blame.
+    iterator = iterate(loader, samples, num_workers=1, pin_memory=False, prefetch_factor=1, timeout=_LOOK)
     ends, lost = time.monotonic() + patience, None
     try:
         for index in chosen.tolist():
