@@ -1,5 +1,6 @@
 """A store of one's own, and processes that play sessions in it (see `player.py`)."""
 
+import gc
 import os
 import random
 import subprocess
@@ -55,6 +56,12 @@ def wait_until():
         return found
 
     return wait
+
+
+def pytest_collection_finish():
+    """What every test stands on is not looked through again and again for what could go, here and in what is forked from here."""
+    gc.collect()
+    gc.freeze()
 
 
 os.environ.pop("ONTHEFLY_STORE", None)  # a developer's own store is no business of the tests

@@ -57,6 +57,20 @@ def test_who_asked_and_through_which_door_is_kept(training, hub):
     assert older == [trail[2]]
 
 
+def test_a_list_of_commands_has_the_beginning_alone_of_what_is_long(training, hub):
+    named = list(range(10**9, 10**9 + 250))
+    recipe = {"minus": [{"select": "all"}, {"select": "indices", "indices": named}]}
+    path = f"{hub.at}/sessions/{training.session}/commands/forkRun?wait=30"
+    given = hub.http.post(path, json={"recipe": recipe}).json()
+    assert given["status"] == "failed"  # no sample has such an index
+    listed = hub.get("/commands?limit=1")[0]
+    assert listed["id"] == given["id"]
+    assert listed["arguments"]["recipe"]["minus"][1]["indices"] == named[:100]
+    assert listed["cut"] == {"arguments.recipe.minus.1.indices": 250}
+    whole = hub.get(f"/commands/{given['id']}")
+    assert (whole["arguments"]["recipe"], whole["cut"]) == (recipe, {})
+
+
 def test_a_command_without_wait_is_queued_and_answered_later(training, hub, wait_until):
     path = f"{hub.at}/sessions/{training.session}/commands/testRun"
     answer = hub.http.post(path, params={"key": "once"}, json={"save": False})

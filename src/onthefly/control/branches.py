@@ -173,11 +173,12 @@ class Branches:
         how: Mapping[str, Any],
         name: str | None,
         born: Sequence[Change],
+        base: Kept | None = None,
     ) -> Result:
         """Go on as a new run from a state of this boundary that was made of the parents' (run, checkpoint), after changes to it.
 
-        It is durable before anything changes. Raises `CheckpointError`, `StateMismatchError` and `StoreError` with everything
-        as it was.
+        A `base` that they were merged by is pinned: the merge stands on it, and lineage cannot tell. The state is durable before
+        anything changes. Raises `CheckpointError`, `StateMismatchError` and `StoreError` with everything as it was.
         """
         self._check(Path("the merged state"), value)
         left = self._leave()
@@ -196,6 +197,8 @@ class Branches:
             if kept is not None:
                 ring.discard(kept)
             raise
+        if base is not None:
+            self._history.pinned(str(base.path), base.hash, True)
         self._begins(line.run, "merge", kept, parents, None, born, how)
         names = [run for run, _ in parents]
         self._go_to(line, [], "merge", before, [kept], kind="merge", parents=names, hash=kept.hash)
@@ -286,10 +289,6 @@ class Branches:
     def needing(self, paths: Iterable[Path]) -> AbstractContextManager[None]:
         """Retention leaves these files meanwhile."""
         return self._checkpointer.ring.needing(paths)
-
-    def pin(self, path: Path, content: str) -> None:
-        """Keep a checkpoint of whatever run."""
-        self._history.pinned(str(path), content, True)
 
     def root_began(self, origin: Future[Kept]) -> None:
         """Write the manifest of a run that began with this process, once its origin is durable."""

@@ -423,12 +423,10 @@ class Merges:
         preview = {key: preview[key] for key in ("scores", "judge", "metric") if key in preview}
         policies = {"optimizer": command.optimizer, "warmup": command.warmup, "part": self._part()}
         how = {**chosen.how, **policies, "preview": preview}
-        if task.base is not None and chosen.how["base"] is not None:
-            # The merge stands on it, and lineage cannot tell.
-            self._branches.pin(task.base.kept.path, task.base.kept.hash)
+        base = None if task.base is None or chosen.how["base"] is None else task.base.kept
         born = [] if entry(value, "loader/subset") is None else [commands.Subset(recipe=None, selection=None)]
         parents = [(member.run, member.kept) for member in task.members]
-        told = self._branches.merge(value, parents, how, command.name, born)
+        told = self._branches.merge(value, parents, how, command.name, born, base)
         return told | ({"unmerged": unmerged} if (unmerged := self._unmerged()) else {})
 
     def _composed(self, task: _Task, chosen: _Candidate) -> Value:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from starlette.requests import Request
 
@@ -24,6 +25,11 @@ class Children:
 
     def __init__(self, limit: int = 2) -> None:
         self._free = limit
+        self._making: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def making(self, what: str) -> asyncio.Lock:
+        """Held by whoever makes a thing that stays, so that two who want it at once do not both make it."""
+        return self._making.setdefault(what, asyncio.Lock())
 
     async def ask(
         self,

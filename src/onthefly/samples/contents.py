@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Subset
+from torch.utils.data._utils import signal_handling
 
 from onthefly.errors import said
 from onthefly.samples.loading import SEED, Source, iterate
@@ -56,9 +57,9 @@ def read(
 
     Each is loaded as a scan loads it, seeded by its index, but always in a worker, one of our own, also where the loader has none: what
     the data set opens or remembers meanwhile is not in the training's process. What the data set raises is the content of that
-    sample; when its worker dies, that is the content of all that are left. `look_up` is called again and again meanwhile. It ends after
-    `patience` seconds, but for up to 5 s that a worker in the middle of a sample is given. It moves the process-wide random state;
-    close it when not all of it is taken.
+    sample; when its worker dies, that is the content of all that are left. `look_up` is called again and again meanwhile. After
+    `patience` seconds it ends, and a worker that is in the middle of a sample with it. It moves the process-wide random state; close
+    it when not all of it is taken.
 
     Raises `UnsupportedLoaderError` for a loader whose samples have no index, `InvalidCommandError` for indices that are
     not of its data set, or given twice, and what `look_up` raises.
@@ -67,7 +68,7 @@ def read(
     samples = _Samples(Source.of(loader, torch.from_numpy(chosen)))
     # Nothing is read ahead: a worker that dies takes what it has not handed over with it, and the sample asked for is the one to blame.
     iterator = iterate(loader, samples, num_workers=1, pin_memory=False, prefetch_factor=1, timeout=_LOOK)
-    ends, lost = time.monotonic() + patience, None
+    ends, lost, stuck = time.monotonic() + patience, None, False
     try:
         for index in chosen.tolist():
             content = lost
@@ -75,8 +76,10 @@ def read(
                 look_up()
                 try:
                     content = next(iterator)
+                    stuck = False
                 except RuntimeError as e:  # of the worker: a sample's own error is its content
-                    if "timed out" not in str(e):
+                    stuck = "timed out" in str(e)
+                    if not stuck:
                         content = lost = Content("error", _clean(f"the worker that reads samples ended: {said(e)}"))
                     elif time.monotonic() > ends:
                         return
@@ -84,10 +87,22 @@ def read(
             if time.monotonic() > ends:
                 return
     finally:
+        if stuck:
+            _kill(iterator)
         iterator._shutdown_workers()
-        for worker in iterator._workers:  # one that is in the middle of a sample is deaf to being asked
-            worker.kill()
-            worker.join()
+
+
+def _kill(iterator: Any) -> None:
+    """End the worker of an iterator that is in the middle of a sample, where it is deaf to being asked: torch asks it for 10 s."""
+    iterator._shutdown = True  # all of what torch does to end it is done here
+    iterator._worker_pids_set = False
+    signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]  # torch raises when one of these dies
+    for worker in iterator._workers:
+        worker.kill()
+        worker.join()
+    for queue in iterator._index_queues:
+        queue.cancel_join_thread()
+        queue.close()
 
 
 class _Samples:

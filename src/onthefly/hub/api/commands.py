@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Path, Query, Response
+from pydantic import Field
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
@@ -22,6 +23,7 @@ from onthefly.store.queries import CommandRow
 
 router = APIRouter(prefix="/stores/{store}", tags=["commands"])
 
+_MANY = 100  # items of a list, of which more are not told in a list of commands
 _POLL = 0.02  # seconds between two looks for an answer
 _NOT_HERE = {commands.ExportSubset.kind, commands.AdoptScan.kind}  # they name files that are no checkpoints
 _IN_LIST = {commands.PinCheckpoint.kind, commands.RemoveCheckpoint.kind, commands.LoadCheckpoint.kind}
@@ -62,13 +64,15 @@ class CommandView(View):
     door: str | None
     asker: str | None
     run: str | None
+    cut: dict[str, int] = Field(default_factory=dict)
+    """Of each list that is not here whole, how long it is, under its place, such as ``arguments.recipe.indices``."""
 
 
 def command_view(row: CommandRow) -> CommandView:
     error = None
     if row.error is not None:
         error = Failure(type=str(row.error.get("type")), message=str(row.error.get("message")))
-    own = {name: getattr(row, name) for name in CommandView.model_fields if name != "error"}
+    own = {name: getattr(row, name) for name in CommandView.model_fields if name not in ("error", "cut")}
     return CommandView(**own, error=error)
 
 
@@ -193,7 +197,8 @@ def get_commands(
 ) -> list[CommandView]:
     """Commands, the newest first: the audit trail of who asked for what, through which door, and what came of it.
 
-    The tables of a report are left out: `GET /reports/{id}` has them.
+    Of long lists only the first 100 items are here: `GET /commands/{id}` has them whole. The tables of a report are left out, which
+    `GET /reports/{id}` has.
     """
     table = schema.command
     wanted = select(table).order_by(table.c.number.desc()).limit(limit)
@@ -215,6 +220,20 @@ def get_commands(
 
 
 def _in_list(view: CommandView) -> CommandView:
-    if view.kind != commands.ReportRun.kind or view.result is None:
-        return view
-    return view.model_copy(update={"result": {name: value for name, value in view.result.items() if name != "tables"}})
+    """A command without what is long: a fork may name a million samples."""
+    cut: dict[str, int] = {}
+
+    def brief(value: Any, place: str) -> Any:
+        if isinstance(value, dict):
+            return {name: brief(item, f"{place}.{name}") for name, item in value.items()}
+        if not isinstance(value, list):
+            return value
+        if len(value) > _MANY:
+            cut[place] = len(value)
+        return [brief(item, f"{place}.{number}") for number, item in enumerate(value[:_MANY])]
+
+    result = view.result
+    if view.kind == commands.ReportRun.kind and result is not None:
+        result = {name: value for name, value in result.items() if name != "tables"}
+    shown = {"arguments": brief(view.arguments, "arguments"), "result": brief(result, "result"), "cut": cut}
+    return view.model_copy(update=shown)

@@ -144,10 +144,13 @@ async def get_map(
     """Where each sample's embedding lies in two dimensions: on the first two principal components of all, or by UMAP, which takes up to
     minutes the first time, in a process of its own."""
     row = await run_in_threadpool(_row, store, scan)
-    if method == "umap" and not sample_values.map_path(store.client.store, row.hash, method).is_file():
-        if method not in layout.methods():
-            raise MissingPartError("the hub has no umap-learn: pip install 'onthefly[umap]' where it runs")
-        await children.ask(["map", f"--method={method}"], [str(scan)], store.path, request, timeout=_MAPPING)
+    if method == "umap":
+        path = sample_values.map_path(store.client.store, row.hash, method)
+        async with children.making(str(path)):
+            if not path.is_file():
+                if method not in layout.methods():
+                    raise MissingPartError("the hub has no umap-learn: pip install 'onthefly[umap]' where it runs")
+                await children.ask(["map", f"--method={method}"], [str(scan)], store.path, request, timeout=_MAPPING)
     return await run_in_threadpool(_map, store, row, method)
 
 

@@ -311,13 +311,14 @@ export function asked(command: Command): string {
   if (command.kind === 'forkRun') {
     if (a.name) parts.push(String(a.name))
     if (values(a.values)) parts.push(values(a.values))
-    if (a.recipe) parts.push(recipeText(a.recipe))
+    if (a.recipe) parts.push(recipeText(a.recipe, command.cut))
     if (a.beside) parts.push('beside')
   }
-  if (command.kind === 'subset' && a.recipe) parts.push(recipeText(a.recipe))
+  if (command.kind === 'subset' && a.recipe) parts.push(recipeText(a.recipe, command.cut))
   if (command.kind === 'switchRun') parts.push(String(a.run))
   if (command.kind === 'testRun' || command.kind === 'scanSamples') parts.push(`${a.data} data`)
-  if (command.kind === 'showSamples') parts.push(`${(a.indices as unknown[]).length} ${a.data} samples`)
+  if (command.kind === 'showSamples')
+    parts.push(`${command.cut['arguments.indices'] ?? (a.indices as unknown[]).length} ${a.data} samples`)
   if (command.kind === 'report') parts.push(String(a.report))
   if (command.kind === 'loadCheckpoint' && a.hash) parts.push(short(String(a.hash)))
   if (command.kind === 'mergeRuns') {
@@ -327,10 +328,18 @@ export function asked(command: Command): string {
   return parts.filter(Boolean).join(' · ')
 }
 
-export function recipeText(recipe: unknown): string {
+/** A recipe in few words. `cut` has the length of each list of which it holds the beginning alone, by its place. */
+export function recipeText(recipe: unknown, cut: Record<string, number> = {}, place = 'arguments.recipe'): string {
   if (recipe === null || typeof recipe !== 'object') return plain(recipe)
   const r = recipe as Record<string, unknown>
-  if (r.select === 'indices') return `${(r.indices as unknown[]).length} samples by hand`
+  for (const [name, sign] of Object.entries({ and: '&', or: '|', minus: '−' })) {
+    const parts = r[name]
+    if (!Array.isArray(parts)) continue
+    const told = parts.map((part, at) => [part, recipeText(part, cut, `${place}.${name}.${at}`)])
+    return told.map(([part, text]) => ('select' in part ? text : `(${text})`)).join(` ${sign} `)
+  }
+  if (r.select === 'indices')
+    return `${number(cut[`${place}.indices`] ?? (r.indices as unknown[]).length)} samples by hand`
   if (typeof r.select === 'string')
     return `${r.select}(${Object.entries(r)
       .filter(([name]) => name !== 'select')

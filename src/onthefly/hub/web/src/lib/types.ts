@@ -126,6 +126,8 @@ export interface Command {
   door: string | null
   asker: string | null
   run: string | null
+  /** How long those lists are that are not here whole, by their places. */
+  cut: Record<string, number>
 }
 
 export type Severity = 'note' | 'warning' | 'error'
