@@ -38,6 +38,7 @@ router = APIRouter()
 _log = logging.getLogger("onthefly")
 
 _LOOK = 0.05  # seconds between two looks whether a store has changed
+_CARRY = 0.1  # seconds between two looks into the journals of live sessions
 _PULSE = 1.0  # seconds between two looks for what changes without a commit: a process that dies
 _EVENTS = 500  # in a frame
 _CHARTS = 64  # of a store, in a tab
@@ -128,12 +129,15 @@ class Feed:
 
     async def _watch(self) -> None:
         watch: ChangeWatch | None = None
-        pulse = time.monotonic()
+        pulse = carried = time.monotonic()
         try:
             while True:
                 try:
                     if watch is None:
                         watch = ChangeWatch(self.store.path)
+                    if time.monotonic() - carried >= _CARRY:
+                        carried = time.monotonic()
+                        await run_in_threadpool(self.store.carry)
                     changed = watch.changed()
                     if time.monotonic() - pulse >= _PULSE:
                         pulse = time.monotonic()

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqlalchemy import select
+
 from onthefly import reports
 from onthefly.client import Client
 from onthefly.errors import StoreError, UnknownReferenceError
 from onthefly.hub.charts import Charts
 from onthefly.runs import manifest as manifests
 from onthefly.samples.table import SampleTable
-from onthefly.store import queries
+from onthefly.store import queries, schema
+from onthefly.store.projection import project
 from onthefly.store.store import DATABASE
 
 if TYPE_CHECKING:
@@ -67,6 +70,15 @@ class OpenStore:
                 return
             self._recovered = time.monotonic()
         self.client.store.recover(time.time())
+
+    def carry(self) -> None:
+        """Bring into the tables what live sessions have written down since. They do it themselves, but less often, since they train
+        meanwhile. Raises `StoreError`."""
+        store, table = self.client.store, schema.session
+        with store.read() as connection:
+            live = connection.scalars(select(table.c.id).where(table.c.ended.is_(None))).all()
+        for session in live:
+            project(store, session)
 
     def scan(self, row: ScanRow) -> SampleTable:
         """A scan's table. It never changes, so it is kept. Raises `StoreError`."""

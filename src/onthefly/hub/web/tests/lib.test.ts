@@ -5,7 +5,7 @@ import { numbers, unpack } from '../src/lib/columns'
 import { bytes, duration, number } from '../src/lib/format'
 import { descendants, folded, place, visible } from '../src/lib/layout'
 import { epochAt, markOf, marksOf } from '../src/lib/marks'
-import { condition, fuzzy, glob, nearest, smooth, ticks, typed, yRange } from '../src/lib/maths'
+import { condition, fuzzy, glob, nearest, smooth, ticks, typed, xRange, yRange } from '../src/lib/maths'
 import { bars, cell, since, verdict } from '../src/lib/reports'
 import type { Event, GraphEdge, GraphNode } from '../src/lib/types'
 
@@ -109,6 +109,23 @@ describe('curves', () => {
     expect(yRange([[NaN, Infinity]], true, false)).toBeNull()
     expect(yRange([[0, -1]], true, true)).toBeNull()
     expect(yRange([[3]], true, false)).toEqual([2.7, 3.3])
+  })
+
+  it('gives an axis more than its marks can be told apart in', () => {
+    const [low, high] = yRange([[1e16, 1e16 + 2]], false, false)!
+    expect(high - low).toBeGreaterThan(1e4)
+    expect(xRange([5, 5 + 1e-14], null, null)).toEqual([4, 6 + 1e-14])
+    expect(xRange(null, null, null)).toEqual([0, 1])
+    expect(xRange(null, [7, 7], null)).toEqual([6, 8])
+    expect(xRange([2, 4], [0, 9], null)).toEqual([2, 4])
+  })
+
+  it('begins no axis of logarithms at zero', () => {
+    expect(xRange([0, 40], [0, 90], 1)).toEqual([1, 40])
+    expect(xRange([-3, 0], [0, 90], 1)).toEqual([0.5, 2])
+    expect(xRange([2, 4], [0, 90], 0.1)).toEqual([2, 4])
+    expect(xRange(null, [0, 3], 0.1)).toEqual([0.1, 10])
+    expect(xRange(null, null, 1)).toEqual([1, 10])
   })
 
   it('finds places', () => {

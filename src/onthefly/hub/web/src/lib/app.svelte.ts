@@ -114,10 +114,11 @@ class App {
 
   async open(store: string): Promise<void> {
     // Saves are many: what matters more would be behind them, out of sight. All is asked for at once: it is what a first page waits for.
-    const [page, rare, metrics] = await Promise.all([
+    const [page, rare, overview, commands] = await Promise.all([
       get<{ events: Event[]; cursor: string }>(inStore(store, '/events?newest=600')),
       get<{ events: Event[] }>(inStore(store, `/events?newest=1000&${RARE.map((kind) => `kind=${kind}`).join('&')}`)),
-      get<Metric[]>(inStore(store, '/metrics')),
+      overviewOf(store),
+      commandsOf(store),
     ])
     const events = [...new Map([rare, page].flatMap((one) => one.events).map((event) => [event.id, event])).values()]
     events.sort((a, b) => a.time - b.time || a.session - b.session || a.seq - b.seq)
@@ -126,38 +127,25 @@ class App {
     } catch {
       // then it is asked for again
     }
-    this.runs = []
-    this.graph = { nodes: [], edges: [] }
-    this.metrics = []
-    this.commands = []
+    Object.assign(this, overview)
+    this.commands = commands
     this.marked = []
     this.chosen = null
     this.selectedRun = null
     live.follow(store, events, page.cursor)
-    await Promise.all([this.refreshRuns(metrics), this.refreshCommands()])
   }
 
-  refreshRuns = (known?: Metric[]): Promise<void> =>
+  refreshRuns = (): Promise<void> =>
     this.#once('runs', async () => {
       const store = this.store
-      const metrics = known ?? (await get<Metric[]>(inStore(store, '/metrics')))
-      known = undefined
-      const names = [...new Set(metrics.map((metric) => metric.name))].sort(byImportance).slice(0, 8)
-      const query = new URLSearchParams(names.length ? { metrics: names.join(',') } : {})
-      const [runs, graph] = await Promise.all([
-        get<Run[]>(inStore(store, `/runs?${query}`)),
-        get<Graph>(inStore(store, '/graph')),
-      ])
-      if (store !== this.store) return
-      this.runs = runs
-      this.graph = graph
-      this.metrics = metrics
+      const overview = await overviewOf(store)
+      if (store === this.store) Object.assign(this, overview)
     })
 
   refreshCommands = (): Promise<void> =>
     this.#once('commands', async () => {
       const store = this.store
-      const commands = await get<Command[]>(inStore(store, '/commands?limit=60&without=showSamples'))
+      const commands = await commandsOf(store)
       if (store === this.store) this.commands = commands
     })
 
@@ -265,6 +253,19 @@ class App {
 }
 
 let counter = 0
+
+/** Runs with their last values, how they descend from each other, and what was logged of them. */
+async function overviewOf(store: string): Promise<{ runs: Run[]; graph: Graph; metrics: Metric[] }> {
+  const counted = get<Metric[]>(inStore(store, '/metrics'))
+  const valued = counted.then((metrics) => {
+    const names = [...new Set(metrics.map((metric) => metric.name))].sort(byImportance).slice(0, 8)
+    return get<Run[]>(inStore(store, `/runs?${new URLSearchParams(names.length ? { metrics: names.join(',') } : {})}`))
+  })
+  const [runs, graph, metrics] = await Promise.all([valued, get<Graph>(inStore(store, '/graph')), counted])
+  return { runs, graph, metrics }
+}
+
+const commandsOf = (store: string) => get<Command[]>(inStore(store, '/commands?limit=60&without=showSamples'))
 
 export const said = (error: unknown): string => (error instanceof Error ? error.message : String(error))
 

@@ -64,6 +64,9 @@ export function pooled(lines: ArrayLike<number | null>[], most = 8000): Float64A
   return Float64Array.from(found).sort()
 }
 
+/** What part of its size an axis must show at least: its marks are counted up from one to the next, and in less there is no next one. */
+const NARROWEST = 1e-12
+
 /** Where a y axis begins and ends. `robust`: single wild values do not flatten all the others. Null: nothing to show. */
 export function yRange(lines: ArrayLike<number | null>[], robust: boolean, log: boolean): [number, number] | null {
   let low = Infinity
@@ -97,7 +100,23 @@ export function yRange(lines: ArrayLike<number | null>[], robust: boolean, log: 
   }
   if (log) return low === high ? [low / 2, high * 2] : [low / 1.05, high * 1.05]
   const pad = low === high ? Math.abs(low) * 0.1 || 1 : (high - low) * 0.05
-  return [low - pad, high + pad]
+  const least = NARROWEST * Math.max(Math.abs(low), Math.abs(high))
+  return [low - Math.max(pad, least), high + Math.max(pad, least)]
+}
+
+/** What an x axis shows: what was zoomed to, or all there is. One of logarithms begins at `least` or later; null: it is none. */
+export function xRange(
+  zoom: [number, number] | null,
+  all: [number, number] | null,
+  least: number | null,
+): [number, number] {
+  let [from, to] = zoom ?? all ?? [0, 1]
+  if (least !== null) {
+    from = Math.max(from, least)
+    to = Math.max(to, zoom ? from : 10)
+  }
+  if (to - from > NARROWEST * Math.max(Math.abs(from), Math.abs(to))) return [from, to]
+  return least === null ? [from - 1, to + 1] : [from / 2, from * 2]
 }
 
 export type Point = [number, number]
