@@ -1,11 +1,17 @@
 """The WebSocket: frames when they are drawn, events each once, and nothing missed after a gap."""
 
 import json
+import os
+import socket
 import sqlite3
+import time
 from contextlib import closing
 
 import onthefly
 from onthefly.hub.columns import unpack
+from onthefly.store.journal import Journal
+from onthefly.store.liveness import SessionLock
+from onthefly.store.store import Store
 
 
 def every_event(store):
@@ -34,6 +40,32 @@ def test_a_tab_sees_the_session_go_on_and_its_curve_grow(training, hub):
                 assert len(columns[about["columns"] + "0"]) == len(columns[about["columns"] + "x"])
                 points.append(about["series"][0]["points"])
         assert points == sorted(set(points))
+
+
+def test_a_watched_session_need_not_carry_its_news_over_itself(own_store, start_hub):
+    """This test is the session: it writes into its journal, and nobody else ever does more."""
+    with closing(Store.open(own_store, create=True)) as store:
+        run = store.create_run(None, project="default")
+        about = {"environment": {}, "inexact": [], "config": {}, "launch": None, "host": socket.gethostname()}
+        session = store.create_session(project="default", run=run, pid=os.getpid(), time=time.time(), **about)
+        lock = SessionLock(store.lock_path(session))
+        lock.acquire()
+        journal = Journal(store.journal_path(session))
+        loss = journal.series(run, 0, "loss")
+        hub = start_hub(own_store)
+        with hub.tab() as tab:
+            tab.say(type="follow", store=hub.stores[0], cursor="")
+            tab.say(type="charts", store=hub.stores[0], charts=[chart(run)])
+            for step in (1, 2, 3):
+                journal.metrics(step, 0, time.time(), [loss, 1 / step])
+                tab.until(
+                    hub.stores[0],
+                    lambda found, step=step: any(
+                        one["points"] == step for one in found.get("charts", {"loss": {"series": []}})["loss"]["series"]
+                    ),
+                )
+        journal.close()
+        lock.release()
 
 
 def test_there_is_never_more_than_one_frame_on_its_way(training, hub):

@@ -254,6 +254,11 @@ def test_runs_are_merged_after_a_preview_and_the_merge_is_taken_back(open_page):
     expect(parents).to_contain_text("density is at most 1")
     expect(preview).to_be_disabled()
     density.fill("0.6")
+    parents.get_by_text("More", exact=True).click()
+    rows = parents.get_by_label("Rows of your own")
+    rows.fill("top(loss, 20)")
+    expect(preview).to_be_disabled()
+    rows.fill("hardest = top(loss, 20)")
     preview.click()
     expect(page.get_by_role("button", name="Commit weighted")).to_be_visible(timeout=40_000)
     expect(page.get_by_role("button", name="Commit ties")).to_be_visible()
@@ -261,7 +266,7 @@ def test_runs_are_merged_after_a_preview_and_the_merge_is_taken_back(open_page):
 
     page.get_by_label("commit nothing that is worse than the best parent").uncheck()
     expect(page.get_by_role("radio", name="val", exact=True)).to_be_checked()
-    page.get_by_role("radio", name="class 3", exact=True).check()
+    page.get_by_role("radio", name="hardest", exact=True).check()
     page.get_by_role("button", name="Commit weighted").click()
 
     expect(status(page)).to_contain_text("merge1", timeout=40_000)

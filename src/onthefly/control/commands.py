@@ -225,9 +225,9 @@ class MergeRuns(Command):
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the strategies, by name.")
     weights: list[float] | None = Field(None, description="One for each parent.")
     data: str = Field("val", pattern="^(val|test)$", description="The data that judge: val or test.")
-    slices: dict[str, dict[str, Any]] = Field(
+    slices: dict[str, dict[str, Any] | str] = Field(
         default_factory=dict,
-        description="Further rows: parts of those data, as recipes on the values of the first parent.",
+        description="Further rows: parts of those data, as recipes on the values of the first parent, or as their short notation.",
     )
     judge: str | None = Field(None, description="The slice by which the best is told. Default: all of the data.")
     metric: str | None = Field(
@@ -258,10 +258,10 @@ class MergeRuns(Command):
 
     @field_validator("slices")
     @classmethod
-    def _sound(cls, slices: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        from onthefly.samples.recipes import check
+    def _sound(cls, slices: dict[str, Any]) -> dict[str, Any]:
+        from onthefly.samples.recipes import check, parse
 
-        return {name: check(recipe) for name, recipe in slices.items()}
+        return {name: parse(told) if isinstance(told, str) else check(told) for name, told in slices.items()}
 
 
 class SwitchRun(Command):

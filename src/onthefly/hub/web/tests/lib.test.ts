@@ -1,4 +1,4 @@
-import { misfit, readOption, sharedOptions } from '../src/lib/merging'
+import { misfit, readOption, readSlices, sharedOptions } from '../src/lib/merging'
 import { describe, expect, it } from 'vitest'
 import { aim, arranged, moved } from '../src/lib/arrange'
 import { numbers, unpack } from '../src/lib/columns'
@@ -239,6 +239,15 @@ describe('options of merging', () => {
     high: 1,
     open_low: true,
     ...more,
+  })
+
+  it('reads rows of data', () => {
+    expect(readSlices('')).toEqual({})
+    expect(readSlices(' hard one = top(loss, 20) \n\nclean=all() - suspects(seed=1)')).toEqual({
+      'hard one': 'top(loss, 20)',
+      clean: 'all() - suspects(seed=1)',
+    })
+    for (const bad of ['top(loss, 20)', '= top(loss, 20)', 'hard =', 'a = all()\nb']) expect(readSlices(bad)).toBeNull()
   })
 
   it('what was typed is read within its bounds', () => {

@@ -74,3 +74,11 @@ export function misfit(strategy: Strategy, parents: number, weighed: boolean, ba
   if (strategy.needs.includes('base') && parents >= 2 && !based) return 'needs a base: choose one below'
   return null
 }
+
+/** Lines of `name = choice`; null when one is none. */
+export function readSlices(text: string): Record<string, string> | null {
+  const lines = text.split('\n').filter((line) => line.trim())
+  const found = lines.map((line) => /^\s*([^=]*[^=\s])\s*=\s*(\S.*?)\s*$/.exec(line))
+  if (found.some((one) => one === null)) return null
+  return Object.fromEntries(found.map((one) => [one![1], one![2]]))
+}
