@@ -5,7 +5,7 @@ import os
 import socket
 import sqlite3
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import onthefly
 from onthefly.hub.columns import unpack
@@ -43,29 +43,38 @@ def test_a_tab_sees_the_session_go_on_and_its_curve_grow(training, hub):
 
 
 def test_a_watched_session_need_not_carry_its_news_over_itself(own_store, start_hub):
-    """This test is the session: it writes into its journal, and nobody else ever does more."""
-    with closing(Store.open(own_store, create=True)) as store:
+    """This test is the sessions: one writes into its journal, and nobody else ever does more; the journal of the other cannot be read."""
+    with closing(Store.open(own_store, create=True)) as store, ExitStack() as alive:
+
+        def begin(run):
+            about = {"environment": {}, "inexact": [], "config": {}, "launch": None, "host": socket.gethostname()}
+            session = store.create_session(project="default", run=run, pid=os.getpid(), time=time.time(), **about)
+            lock = SessionLock(store.lock_path(session))
+            lock.acquire()
+            alive.callback(lock.release)
+            return store.journal_path(session)
+
+        begin(store.create_run(None, project="default")).mkdir()
         run = store.create_run(None, project="default")
-        about = {"environment": {}, "inexact": [], "config": {}, "launch": None, "host": socket.gethostname()}
-        session = store.create_session(project="default", run=run, pid=os.getpid(), time=time.time(), **about)
-        lock = SessionLock(store.lock_path(session))
-        lock.acquire()
-        journal = Journal(store.journal_path(session))
+        journal = Journal(begin(run))
+        alive.callback(journal.close)
         loss = journal.series(run, 0, "loss")
         hub = start_hub(own_store)
         with hub.tab() as tab:
             tab.say(type="follow", store=hub.stores[0], cursor="")
             tab.say(type="charts", store=hub.stores[0], charts=[chart(run)])
+
+            def shows(count):
+                def has(found):
+                    return "charts" in found and any(
+                        one["points"] == count for one in found["charts"]["loss"]["series"]
+                    )
+
+                return has
+
             for step in (1, 2, 3):
                 journal.metrics(step, 0, time.time(), [loss, 1 / step])
-                tab.until(
-                    hub.stores[0],
-                    lambda found, step=step: any(
-                        one["points"] == step for one in found.get("charts", {"loss": {"series": []}})["loss"]["series"]
-                    ),
-                )
-        journal.close()
-        lock.release()
+                tab.until(hub.stores[0], shows(step))
 
 
 def test_there_is_never_more_than_one_frame_on_its_way(training, hub):

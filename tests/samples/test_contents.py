@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import os
+import re
 import time
 from contextlib import closing
 
@@ -153,9 +154,20 @@ def test_what_a_data_set_remembers_meanwhile_is_not_in_this_process_and_a_slow_s
     assert list(shown(DataLoader(dataset), [0, 1])) == [0, 1]
     assert dataset.kept == {}
     looks = []
-    with closing(read(DataLoader(dataset), [2, 3, 0], patience=1, look_up=lambda: looks.append(0))) as contents:
+    with closing(read(DataLoader(dataset), [2, 3, 0], patience=3, look_up=lambda: looks.append(0))) as contents:
         assert [index for index, _ in contents] == [2]
     assert len(looks) > 3  # a sample that takes long can be cancelled
+    assert not multiprocessing.active_children()
+    with closing(read(DataLoader(dataset), [2, 3])) as contents:  # and so can one that is read ahead
+        assert next(contents)[0] == 2
+    assert not multiprocessing.active_children()
+
+
+def test_a_sample_that_lets_nothing_else_run_is_ended_too():
+    """It holds the interpreter's lock, so that its worker hears no signal but one."""
+    endless = Given(torch.zeros(()), lambda: re.match("(a+)+b", "a" * 40))
+    with closing(read(DataLoader(endless), [0, 1], patience=1)) as contents:
+        dict(contents)
     assert not multiprocessing.active_children()
 
 

@@ -133,7 +133,7 @@ def test_curves_are_zoomed_searched_and_gone_back_to(open_page):
         page.get_by_role("button", name=name).click()
         expect(over).to_be_visible()
     page.get_by_role("button", name="log x").click()
-    # A stretch that begins at zero has no end on a logarithmic axis.
+    # A scale of logarithms never begins at zero: there would be no end of marks.
     page.get_by_label("x axis").select_option("relative")
     drag(page, over, (0.001, 0.5), (0.6, 0.5))
     page.get_by_role("button", name="log x").click()

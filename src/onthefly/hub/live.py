@@ -137,12 +137,12 @@ class Feed:
                         watch = ChangeWatch(self.store.path)
                     if time.monotonic() - carried >= _CARRY:
                         carried = time.monotonic()
-                        await run_in_threadpool(self.store.carry)
+                        await run_in_threadpool(self.store.carrier.carry)
                     changed = watch.changed()
                     if time.monotonic() - pulse >= _PULSE:
                         pulse = time.monotonic()
                         await run_in_threadpool(self.store.recover)
-                except (sqlite3.Error, OnTheFlyError):  # every tab finds it, too, and says so
+                except (sqlite3.Error, OSError, OnTheFlyError):  # every tab finds it, too, and says so
                     changed = True
                     if watch is not None:
                         watch.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import socket
 import sqlite3
@@ -18,19 +19,22 @@ from sqlalchemy import select
 
 from onthefly import reports
 from onthefly.client import Client
-from onthefly.errors import StoreError, UnknownReferenceError
+from onthefly.errors import StoreBusyError, StoreError, UnknownReferenceError, said
 from onthefly.hub.charts import Charts
 from onthefly.runs import manifest as manifests
 from onthefly.samples.table import SampleTable
 from onthefly.store import queries, schema
 from onthefly.store.projection import project
-from onthefly.store.store import DATABASE
+from onthefly.store.store import DATABASE, Store
 
 if TYPE_CHECKING:
     from onthefly.reports import KeptReport
     from onthefly.runs.manifest import Manifest
     from onthefly.store.queries import CommandRow, RunRow, ScanRow, SessionRow
 
+_log = logging.getLogger("onthefly")
+
+_BUSY = 0.05  # seconds that another process's write is waited for, to carry over what a session will carry anyhow
 _TABLES = 4  # scans that are kept in memory
 _REPORTS = 64  # that are kept in memory
 _RECOVERY = 1.0  # seconds between two looks for sessions that have died
@@ -53,6 +57,7 @@ class OpenStore:
         self.path: Path = client.store.root
         self.id = store_id(client.store.root)
         self.charts = Charts(client)
+        self.carrier = Carrier(client.store.root)
         self._tables: OrderedDict[str, SampleTable] = OrderedDict()
         self._manifests: dict[str, Manifest] = {}
         self._reports: OrderedDict[str, KeptReport] = OrderedDict()
@@ -61,6 +66,7 @@ class OpenStore:
         self._lock = threading.Lock()  # guards the five above
 
     def close(self) -> None:
+        self.carrier.close()
         self.client.close()
 
     def recover(self) -> None:
@@ -70,15 +76,6 @@ class OpenStore:
                 return
             self._recovered = time.monotonic()
         self.client.store.recover(time.time())
-
-    def carry(self) -> None:
-        """Bring into the tables what live sessions have written down since. They do it themselves, but less often, since they train
-        meanwhile. Raises `StoreError`."""
-        store, table = self.client.store, schema.session
-        with store.read() as connection:
-            live = connection.scalars(select(table.c.id).where(table.c.ended.is_(None))).all()
-        for session in live:
-            project(store, session)
 
     def scan(self, row: ScanRow) -> SampleTable:
         """A scan's table. It never changes, so it is kept. Raises `StoreError`."""
@@ -144,6 +141,48 @@ class OpenStore:
         if len(steps) < 2 or times[-1] <= times[0]:
             return None
         return float((steps[-1] - steps[0]) / (times[-1] - times[0]))
+
+
+class Carrier:
+    """Brings into a store's tables what its live sessions have written down.
+
+    They do it themselves, but less often, since they train meanwhile. So it never raises: what cannot be carried here and now is left to them, and
+    the log has the reason, once. For one thread at a time.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._store: Store | None = None  # with connections of its own: they hardly wait for who else writes
+        self._said: set[str] = set()
+
+    def carry(self) -> None:
+        try:
+            if self._store is None:
+                self._store = Store.open(self._root, busy_timeout=_BUSY)
+            with self._store.read() as connection:
+                self._store.check_version(connection)  # a newer training's journal is not for this hub to read
+                table = schema.session
+                live = connection.scalars(select(table.c.id).where(table.c.ended.is_(None))).all()
+        except (StoreError, OSError) as e:
+            self.close()
+            self._left(e)
+            return
+        for session in live:
+            try:
+                project(self._store, session)
+            except (StoreError, OSError) as e:
+                self._left(e)
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def _left(self, error: StoreError | OSError) -> None:
+        reason = said(error)
+        if not isinstance(error, StoreBusyError) and reason not in self._said:
+            self._said.add(reason)
+            _log.warning("what a live session has written down is left to itself: %s", reason)
 
 
 class Stores:

@@ -66,9 +66,12 @@ def read(
     """
     chosen = np.asarray(indices, dtype=np.int64)
     samples = _Samples(Source.of(loader, torch.from_numpy(chosen)))
-    # Nothing is read ahead: a worker that dies takes what it has not handed over with it, and the sample asked for is the one to blame.
+    # One sample is read ahead at most: a worker that dies takes what it has not handed over with it.
     iterator = iterate(loader, samples, num_workers=1, pin_memory=False, prefetch_factor=1, timeout=_LOOK)
-    ends, lost, stuck = time.monotonic() + patience, None, False
+    # A worker's death is found in `next`, below. torch would raise it wherever this thread happens to be.
+    signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
+    iterator._worker_pids_set = False
+    ends, lost = time.monotonic() + patience, None
     try:
         for index in chosen.tolist():
             content = lost
@@ -76,10 +79,8 @@ def read(
                 look_up()
                 try:
                     content = next(iterator)
-                    stuck = False
                 except RuntimeError as e:  # of the worker: a sample's own error is its content
-                    stuck = "timed out" in str(e)
-                    if not stuck:
+                    if "timed out" not in str(e):
                         content = lost = Content("error", _clean(f"the worker that reads samples ended: {said(e)}"))
                     elif time.monotonic() > ends:
                         return
@@ -87,16 +88,14 @@ def read(
             if time.monotonic() > ends:
                 return
     finally:
-        if stuck:
+        if iterator._tasks_outstanding:
             _kill(iterator)
         iterator._shutdown_workers()
 
 
 def _kill(iterator: Any) -> None:
-    """End the worker of an iterator that is in the middle of a sample, where it is deaf to being asked: torch asks it for 10 s."""
+    """End the worker of an iterator. In the middle of a sample it is deaf to being asked, which torch does for 10 s."""
     iterator._shutdown = True  # all of what torch does to end it is done here
-    iterator._worker_pids_set = False
-    signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]  # torch raises when one of these dies
     for worker in iterator._workers:
         worker.kill()
         worker.join()

@@ -34,10 +34,10 @@ Key = tuple[str, int, str]
 def project(store: Store, session: int) -> int:
     """Bring all complete new records of a session's journal into the tables; gives their number.
 
-    Raises `StoreError` if there is no such session.
+    Raises `StoreError` if there is no such session, and `OSError` if its journal cannot be read.
     """
     total = 0
-    while count := _project_batch(store, session):
+    while (count := _project_batch(store, session)) is not None:
         total += count
     return total
 
@@ -51,20 +51,24 @@ def fail_queued(connection: Connection, session: int, time: float) -> None:
     connection.execute(queued.values(status="failed", error=error, finished=time))
 
 
-def _project_batch(store: Store, session: int) -> int:
+def _project_batch(store: Store, session: int) -> int | None:
+    """How many records were brought in; None when there are none to bring."""
     path = store.journal_path(session)
     this = schema.session.c.id == session
     known = select(schema.session.c.journal_offset, schema.session.c.metric_names, schema.session.c.run).where(this)
     with store.read() as connection:
-        row = connection.execute(known).one_or_none()
-    if row is None:
+        before = connection.execute(known).one_or_none()
+    if before is None:
         raise StoreError(f"there is no session {session} in {store.root}")
-    # Mostly there is nothing new; then the write lock is not taken.
-    if not path.exists() or path.stat().st_size <= row.journal_offset:
-        return 0
+    if not path.exists() or path.stat().st_size <= before.journal_offset:
+        return None
+    records, offset = journal.read(path, before.journal_offset, BATCH)  # not while nobody else can write
+    if not records:
+        return None
     with store.begin() as connection:
         row = connection.execute(known).one()
-        records, offset = journal.read(path, row.journal_offset, BATCH)
+        if row.journal_offset != before.journal_offset:
+            return 0  # another process was faster: on from where it is
         tables = _Tables(store, connection, session, row.run, dict(row.metric_names))
         for record in records:
             try:

@@ -291,6 +291,10 @@ class Store:
         connection.execute(update(run).where(run.c.name == name).values(status="failed"))
         return str(parent) if parent is not None else name
 
+    def check_version(self, connection: Connection) -> None:
+        """Raises `SchemaVersionError` when a newer OnTheFly has changed the tables since the store was opened."""
+        self._version(connection)
+
     def _prepare(self, deadline: float) -> None:
         """Make the tables of a new database, or check the version of an old one. Several processes may do it at once."""
         with self.read() as connection:

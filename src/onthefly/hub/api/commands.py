@@ -65,7 +65,7 @@ class CommandView(View):
     asker: str | None
     run: str | None
     cut: dict[str, int] = Field(default_factory=dict)
-    """Of each list that is not here whole, how long it is, under its place, such as ``arguments.recipe.indices``."""
+    """Of each list among the arguments that is not here whole, how long it is, under its place: ``arguments.recipe.indices``."""
 
 
 def command_view(row: CommandRow) -> CommandView:
@@ -197,7 +197,7 @@ def get_commands(
 ) -> list[CommandView]:
     """Commands, the newest first: the audit trail of who asked for what, through which door, and what came of it.
 
-    Of long lists only the first 100 items are here: `GET /commands/{id}` has them whole. The tables of a report are left out, which
+    Of long lists among the arguments only the first 100 items are here: `GET /commands/{id}` has them whole. The tables of a report are left out, which
     `GET /reports/{id}` has.
     """
     table = schema.command
@@ -235,5 +235,4 @@ def _in_list(view: CommandView) -> CommandView:
     result = view.result
     if view.kind == commands.ReportRun.kind and result is not None:
         result = {name: value for name, value in result.items() if name != "tables"}
-    shown = {"arguments": brief(view.arguments, "arguments"), "result": brief(result, "result"), "cut": cut}
-    return view.model_copy(update=shown)
+    return view.model_copy(update={"arguments": brief(view.arguments, "arguments"), "result": result, "cut": cut})

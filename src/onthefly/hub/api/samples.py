@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from onthefly import sample_values
-from onthefly.errors import InvalidCommandError, MissingPartError, StoreError, UnknownReferenceError
+from onthefly.errors import CommandError, InvalidCommandError, MissingPartError, StoreError, UnknownReferenceError
 from onthefly.hub import columns
 from onthefly.hub.api.common import ChildrenHere, Here, Id, View
 from onthefly.hub.api.metrics import BINARY
@@ -148,6 +148,8 @@ async def get_map(
         path = sample_values.map_path(store.client.store, row.hash, method)
         async with children.making(str(path)):
             if not path.is_file():
+                if await request.is_disconnected():  # while it was waited for
+                    raise CommandError("nobody waits for the answer any more")
                 if method not in layout.methods():
                     raise MissingPartError("the hub has no umap-learn: pip install 'onthefly[umap]' where it runs")
                 await children.ask(["map", f"--method={method}"], [str(scan)], store.path, request, timeout=_MAPPING)

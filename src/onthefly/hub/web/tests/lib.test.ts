@@ -247,7 +247,8 @@ describe('options of merging', () => {
       'hard one': 'top(loss, 20)',
       clean: 'all() - suspects(seed=1)',
     })
-    for (const bad of ['top(loss, 20)', '= top(loss, 20)', 'hard =', 'a = all()\nb']) expect(readSlices(bad)).toBeNull()
+    for (const bad of ['top(loss, 20)', '= top(loss, 20)', 'hard =', 'a = all()\nb', 'a = all()\na = hard(0.1)'])
+      expect(readSlices(bad)).toBeNull()
   })
 
   it('what was typed is read within its bounds', () => {

@@ -54,6 +54,7 @@ class App {
   fork: ForkRequest = $state.raw({})
 
   #places = $derived(new Map(this.runs.map((run, place) => [run.name, place])))
+  #opening = 0
   #busy = new Map<string, { again: boolean }>()
 
   get store(): string {
@@ -112,40 +113,63 @@ class App {
     }
   }
 
+  /** Go over to another store. Where that cannot be done, this one stays, and it is said. */
+  async change(store: string): Promise<void> {
+    try {
+      await this.open(store)
+    } catch (error) {
+      this.toast('bad', `The store cannot be opened: ${said(error)}`, 9)
+    }
+  }
+
   async open(store: string): Promise<void> {
+    const mine = ++this.#opening
     // Saves are many: what matters more would be behind them, out of sight. All is asked for at once: it is what a first page waits for.
-    const [page, rare, overview, commands] = await Promise.all([
+    const [page, rare, metrics] = await Promise.all([
       get<{ events: Event[]; cursor: string }>(inStore(store, '/events?newest=600')),
       get<{ events: Event[] }>(inStore(store, `/events?newest=1000&${RARE.map((kind) => `kind=${kind}`).join('&')}`)),
-      overviewOf(store),
-      commandsOf(store),
+      get<Metric[]>(inStore(store, '/metrics')),
     ])
     const events = [...new Map([rare, page].flatMap((one) => one.events).map((event) => [event.id, event])).values()]
     events.sort((a, b) => a.time - b.time || a.session - b.session || a.seq - b.seq)
+    if (mine !== this.#opening) return // another one was chosen meanwhile
     try {
       localStorage.setItem('store', store)
     } catch {
       // then it is asked for again
     }
-    Object.assign(this, overview)
-    this.commands = commands
+    this.runs = []
+    this.graph = { nodes: [], edges: [] }
+    this.metrics = []
+    this.commands = []
     this.marked = []
     this.chosen = null
     this.selectedRun = null
     live.follow(store, events, page.cursor)
+    await Promise.all([this.refreshRuns(metrics), this.refreshCommands()])
   }
 
-  refreshRuns = (): Promise<void> =>
+  refreshRuns = (known?: Metric[]): Promise<void> =>
     this.#once('runs', async () => {
       const store = this.store
-      const overview = await overviewOf(store)
-      if (store === this.store) Object.assign(this, overview)
+      const metrics = known ?? (await get<Metric[]>(inStore(store, '/metrics')))
+      known = undefined
+      const names = [...new Set(metrics.map((metric) => metric.name))].sort(byImportance).slice(0, 8)
+      const query = new URLSearchParams(names.length ? { metrics: names.join(',') } : {})
+      const [runs, graph] = await Promise.all([
+        get<Run[]>(inStore(store, `/runs?${query}`)),
+        get<Graph>(inStore(store, '/graph')),
+      ])
+      if (store !== this.store) return
+      this.runs = runs
+      this.graph = graph
+      this.metrics = metrics
     })
 
   refreshCommands = (): Promise<void> =>
     this.#once('commands', async () => {
       const store = this.store
-      const commands = await commandsOf(store)
+      const commands = await get<Command[]>(inStore(store, '/commands?limit=60&without=showSamples'))
       if (store === this.store) this.commands = commands
     })
 
@@ -254,19 +278,6 @@ class App {
 
 let counter = 0
 
-/** Runs with their last values, how they descend from each other, and what was logged of them. */
-async function overviewOf(store: string): Promise<{ runs: Run[]; graph: Graph; metrics: Metric[] }> {
-  const counted = get<Metric[]>(inStore(store, '/metrics'))
-  const valued = counted.then((metrics) => {
-    const names = [...new Set(metrics.map((metric) => metric.name))].sort(byImportance).slice(0, 8)
-    return get<Run[]>(inStore(store, `/runs?${new URLSearchParams(names.length ? { metrics: names.join(',') } : {})}`))
-  })
-  const [runs, graph, metrics] = await Promise.all([valued, get<Graph>(inStore(store, '/graph')), counted])
-  return { runs, graph, metrics }
-}
-
-const commandsOf = (store: string) => get<Command[]>(inStore(store, '/commands?limit=60&without=showSamples'))
-
 export const said = (error: unknown): string => (error instanceof Error ? error.message : String(error))
 
 function byImportance(a: string, b: string): number {
@@ -318,8 +329,7 @@ export function asked(command: Command): string {
   if (command.kind === 'subset' && a.recipe) parts.push(recipeText(a.recipe, command.cut))
   if (command.kind === 'switchRun') parts.push(String(a.run))
   if (command.kind === 'testRun' || command.kind === 'scanSamples') parts.push(`${a.data} data`)
-  if (command.kind === 'showSamples')
-    parts.push(`${command.cut['arguments.indices'] ?? (a.indices as unknown[]).length} ${a.data} samples`)
+  if (command.kind === 'showSamples') parts.push(`${(a.indices as unknown[]).length} ${a.data} samples`)
   if (command.kind === 'report') parts.push(String(a.report))
   if (command.kind === 'loadCheckpoint' && a.hash) parts.push(short(String(a.hash)))
   if (command.kind === 'mergeRuns') {

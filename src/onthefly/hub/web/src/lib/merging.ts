@@ -75,10 +75,10 @@ export function misfit(strategy: Strategy, parents: number, weighed: boolean, ba
   return null
 }
 
-/** Lines of `name = choice`; null when one is none. */
+/** Lines of `name = choice`; null when one is none, or two have one name. */
 export function readSlices(text: string): Record<string, string> | null {
   const lines = text.split('\n').filter((line) => line.trim())
   const found = lines.map((line) => /^\s*([^=]*[^=\s])\s*=\s*(\S.*?)\s*$/.exec(line))
-  if (found.some((one) => one === null)) return null
+  if (found.some((one) => one === null) || new Set(found.map((one) => one![1])).size < found.length) return null
   return Object.fromEntries(found.map((one) => [one![1], one![2]]))
 }
