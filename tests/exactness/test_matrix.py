@@ -33,7 +33,6 @@ def test_every_two_values_of_the_matrix_meet(case, tmp_path):
     law.check(case, tmp_path)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("case", list(law.random_cases(random.Random(SEED), 6)), ids=str)
 def test_random_cells(case, tmp_path):
     law.check(case, tmp_path)

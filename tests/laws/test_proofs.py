@@ -4,7 +4,6 @@ import json
 import shutil
 import sqlite3
 
-import pytest
 from law_trainings import until
 
 from onthefly import client as door
@@ -45,7 +44,6 @@ def test_a_fork_that_was_reset_is_proved_from_its_parent_and_one_that_was_told_o
     assert any(line.startswith("model/") for line in found.differences)
 
 
-@pytest.mark.long
 def test_so_is_a_fork_beside_and_what_follows_a_reset_begins_where_its_run_began(trainings):
     training = trainings.start(stops=(7, 8), command_line=True)
     forked = training.go_on(7, "forkRun", beside=True, **FORK)

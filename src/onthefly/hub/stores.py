@@ -147,15 +147,24 @@ class Carrier:
     """Brings into a store's tables what its live sessions have written down.
 
     They do it themselves, but less often, since they train meanwhile. So it never raises: what cannot be carried here and now is left to them, and
-    the log has the reason, once. For one thread at a time.
+    the log has the reason, once.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._store: Store | None = None  # with connections of its own: they hardly wait for who else writes
         self._said: set[str] = set()
+        self._lock = threading.Lock()
 
     def carry(self) -> None:
+        """Whoever comes while another thread does it has nothing to do."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._carry()
+            finally:
+                self._lock.release()
+
+    def _carry(self) -> None:
         try:
             if self._store is None:
                 self._store = Store.open(self._root, busy_timeout=_BUSY)
