@@ -81,7 +81,8 @@ def main() -> int:
         if session is None:
             return 0 if asked else 1
         client.store.recover(time.time())  # it may have been killed
-        run = client.run(session.run)
+        # A fork, or a merge, that was gone on with is another run than the first.
+        run = client.run(next(row.run for row in client.sessions() if row.id == session.id))
         if run.status != "finished":
             print(how_to_go_on(client, run))
             return 0 if asked or not trainer.returncode else 1

@@ -329,8 +329,16 @@ def test_a_run_is_annotated_archived_and_its_values_are_known(training, hub):
     row = next(r for r in hub.get("/runs?archived=false&metrics=loss") if r["name"] == run)
     assert row["session"] == training.session
     assert row["latest"]["loss"] > 0
+    hub.give(training.session, "set", values={"weight_decay": 0.03}, hold=True)
     hub.give(training.session, "saveCheckpoint")
-    assert any("mixup" in name for name in hub.get(f"/runs/{run}/values")["values"])
+    values = hub.get(f"/runs/{run}/values")["values"]
+    assert any("mixup" in name for name in values)
+    assert values["optimizer/param_groups/0/weight_decay"] == 0.03  # what is held, not what the group has
+    hub.give(training.session, "pause")
+    fork = hub.give(training.session, "forkRun")["result"]["run"]  # it has no checkpoint of its own yet
+    assert hub.get(f"/runs/{fork}/values")["values"]["optimizer/param_groups/0/weight_decay"] == 0.03
+    hub.give(training.session, "switchRun", run=run)
+    hub.give(training.session, "resume")
     assert hub.http.delete(f"{hub.at}/runs/{run}").status_code == 409
     assert hub.http.get(f"{hub.at}/runs/{run}/log").status_code == 404
 

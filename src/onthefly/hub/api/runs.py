@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -25,6 +26,7 @@ from onthefly.store.queries import RunRow
 
 router = APIRouter(prefix="/stores/{store}", tags=["runs"])
 
+_OVERRIDE = re.compile(r"knobs/overrides/(.+)\.(\d+)\.([^./]+)/mode")
 _LOG = 256 << 10  # bytes of a log in one answer
 _COMPARING = 300.0  # seconds
 _SCANNING = 3600.0
@@ -290,8 +292,15 @@ def get_log(store: Here, run: RunName, after: Annotated[int, Query(ge=-(2**53), 
 
 @router.get("/runs/{run}/values")
 def get_values(store: Here, run: RunName) -> ValuesView:
-    """Knobs, and the plain values of optimizers (learning rates and the like), in the newest checkpoint of a run."""
-    rows = [row for row in store.client.checkpoints(store.client.run(run).name) if row.path.exists()]
+    """Knobs, and the plain values of optimizers (learning rates and the like), in the newest checkpoint of a run, or in the one that it began from.
+
+    They are those that are trained with: one that is held, or is a factor of what its scheduler says, is not what an optimizer's group has.
+    """
+    row = store.client.run(run)
+    rows = [own for own in store.client.checkpoints(row.name) if own.path.exists()]
+    if not rows and row.base is not None:
+        began = store.client.store.full_path(row.base["path"])
+        rows = [other for other in store.client.checkpoints() if other.path == began and other.path.exists()]
     if not rows:
         raise UnknownReferenceError(f"{run!r} has no checkpoint yet")
     contents = store.client.show(str(rows[-1].path))
@@ -301,6 +310,11 @@ def get_values(store: Here, run: RunName) -> ValuesView:
         if part.name in ("knobs", "optimizer", "scheduler")
         for path, value in part.values.items()
     }
+    for path in list(values):
+        if found := _OVERRIDE.fullmatch(path):
+            place, given = "{}/param_groups/{}/{}".format(*found.groups()), values.get(path.replace("/mode", "/value"))
+            if place in values and given is not None:
+                values[place] = values[place] * given if values[path] == "factor" else given
     return ValuesView(values=values, checkpoint=rows[-1].hash, step=rows[-1].step)
 
 

@@ -253,7 +253,7 @@ class App {
         this.toast('bad', `${TITLES[kind] ?? kind}: ${command.error?.message ?? 'failed'}`, 9)
         return null
       }
-      if (!this.showsItself(kind)) this.toast('good', outcome(command))
+      if (!this.showsItself(kind)) this.toast(command.result?.refused ? 'bad' : 'good', outcome(command))
       return command
     } catch (error) {
       this.toast('bad', `${TITLES[kind] ?? kind}: ${said(error)}`, 9)
@@ -279,6 +279,8 @@ class App {
 let counter = 0
 
 export const said = (error: unknown): string => (error instanceof Error ? error.message : String(error))
+
+const counts = (count: number, what: string): string => `${number(count)} ${what}${count === 1 ? '' : 's'}`
 
 function byImportance(a: string, b: string): number {
   const rank = (name: string) => (name === 'loss' ? 0 : /^val_/.test(name) ? 1 : /loss|acc/.test(name) ? 2 : 3)
@@ -392,9 +394,10 @@ export function outcome(command: Command): string {
     case 'scanSamples':
       return `${number(r.samples)} ${r.data} samples scanned, mean loss ${number(r.loss)}`
     case 'mergeRuns':
+      if (r.refused) return 'Nothing was committed: it would be worse than the best parent'
       return r.run
         ? `${r.run} merged by ${plain(r.strategy ?? r.committed ?? 'the best')}`
-        : `${(r.candidates as unknown[])?.length ?? 0} merges judged`
+        : counts((r.candidates as unknown[])?.length ?? 0, 'merge') + ' judged'
     case 'report':
       return `Report on ${plain(r.kind)}: ${verdict(counted((r.findings ?? []) as Finding[]))}`
     case 'cancelReport':

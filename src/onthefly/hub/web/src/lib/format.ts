@@ -12,7 +12,7 @@ export function number(value: unknown, digits = 4): string {
 }
 
 export function grouped(value: number): string {
-  return value.toLocaleString('en-US').replaceAll(',', ' ')
+  return (value || 0).toLocaleString('en-US').replaceAll(',', ' ') // zero has a sign of its own
 }
 
 export function bytes(value: number | null | undefined): string {
