@@ -520,7 +520,7 @@ class Client:
             options=dict(options or {}),
             weights=None if weights is None else list(weights),
             data=data,
-            slices={name: _recipe(recipe) for name, recipe in (slices or {}).items()},
+            slices=dict(slices or {}),
             judge=judge,
             metric=metric,
             commit=commit,

@@ -166,7 +166,7 @@ class Plain:
 
 def run(program, pipe):
     """Train, and leave the result in the program's folder. The forkserver's children begin here."""
-    gc.freeze()  # what it was forked with is not collected: looking through it takes as long as the training
+    gc.freeze()  # what it was forked with is not looked through again and again for what could go
     folder = Path(program.folder)
     said = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for number in (1, 2):

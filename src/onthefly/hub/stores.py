@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import socket
 import sqlite3
@@ -15,26 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select
-
 from onthefly import reports
 from onthefly.client import Client
-from onthefly.errors import StoreBusyError, StoreError, UnknownReferenceError, said
+from onthefly.errors import StoreError, UnknownReferenceError
+from onthefly.hub.carrier import Carrier
 from onthefly.hub.charts import Charts
 from onthefly.runs import manifest as manifests
 from onthefly.samples.table import SampleTable
-from onthefly.store import queries, schema
-from onthefly.store.projection import project
-from onthefly.store.store import DATABASE, Store
+from onthefly.store import queries
+from onthefly.store.store import DATABASE
 
 if TYPE_CHECKING:
     from onthefly.reports import KeptReport
     from onthefly.runs.manifest import Manifest
     from onthefly.store.queries import CommandRow, RunRow, ScanRow, SessionRow
 
-_log = logging.getLogger("onthefly")
-
-_BUSY = 0.05  # seconds that another process's write is waited for, to carry over what a session will carry anyhow
 _TABLES = 4  # scans that are kept in memory
 _REPORTS = 64  # that are kept in memory
 _RECOVERY = 1.0  # seconds between two looks for sessions that have died
@@ -141,57 +135,6 @@ class OpenStore:
         if len(steps) < 2 or times[-1] <= times[0]:
             return None
         return float((steps[-1] - steps[0]) / (times[-1] - times[0]))
-
-
-class Carrier:
-    """Brings into a store's tables what its live sessions have written down.
-
-    They do it themselves, but less often, since they train meanwhile. So it never raises: what cannot be carried here and now is left to them, and
-    the log has the reason, once.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._store: Store | None = None  # with connections of its own: they hardly wait for who else writes
-        self._said: set[str] = set()
-        self._lock = threading.Lock()
-
-    def carry(self) -> None:
-        """Whoever comes while another thread does it has nothing to do."""
-        if self._lock.acquire(blocking=False):
-            try:
-                self._carry()
-            finally:
-                self._lock.release()
-
-    def _carry(self) -> None:
-        try:
-            if self._store is None:
-                self._store = Store.open(self._root, busy_timeout=_BUSY)
-            with self._store.read() as connection:
-                self._store.check_version(connection)  # a newer training's journal is not for this hub to read
-                table = schema.session
-                live = connection.scalars(select(table.c.id).where(table.c.ended.is_(None))).all()
-        except (StoreError, OSError) as e:
-            self.close()
-            self._left(e)
-            return
-        for session in live:
-            try:
-                project(self._store, session)
-            except (StoreError, OSError) as e:
-                self._left(e)
-
-    def close(self) -> None:
-        if self._store is not None:
-            self._store.close()
-            self._store = None
-
-    def _left(self, error: StoreError | OSError) -> None:
-        reason = said(error)
-        if not isinstance(error, StoreBusyError) and reason not in self._said:
-            self._said.add(reason)
-            _log.warning("what a live session has written down is left to itself: %s", reason)
 
 
 class Stores:

@@ -64,8 +64,10 @@ class CommandView(View):
     door: str | None
     asker: str | None
     run: str | None
-    cut: dict[str, int] = Field(default_factory=dict)
-    """Of each list among the arguments that is not here whole, how long it is, under its place: ``arguments.recipe.indices``."""
+    cut: dict[str, int] = Field(
+        default_factory=dict,
+        description="Of each list among the arguments that is not here whole, how long it is, by its place: `arguments.recipe.indices`.",
+    )
 
 
 def command_view(row: CommandRow) -> CommandView:
@@ -197,8 +199,8 @@ def get_commands(
 ) -> list[CommandView]:
     """Commands, the newest first: the audit trail of who asked for what, through which door, and what came of it.
 
-    Of long lists among the arguments only the first 100 items are here: `GET /commands/{id}` has them whole. The tables of a report are left out, which
-    `GET /reports/{id}` has.
+    Of long lists among the arguments only the first 100 items are here: `GET /commands/{id}` has them whole. The tables of a report
+    are left out, which `GET /reports/{id}` has.
     """
     table = schema.command
     wanted = select(table).order_by(table.c.number.desc()).limit(limit)

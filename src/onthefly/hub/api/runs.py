@@ -292,9 +292,8 @@ def get_log(store: Here, run: RunName, after: Annotated[int, Query(ge=-(2**53), 
 
 @router.get("/runs/{run}/values")
 def get_values(store: Here, run: RunName) -> ValuesView:
-    """Knobs, and the plain values of optimizers (learning rates and the like), in the newest checkpoint of a run, or in the one that it began from.
-
-    They are those that are trained with: one that is held, or is a factor of what its scheduler says, is not what an optimizer's group has.
+    """Knobs, and the plain values of optimizers (learning rates and the like), in the newest checkpoint of a run, or in the one that
+    it began from. A value that was set stands in place of what its scheduler says; a warm-up after a merge is not in it.
     """
     row = store.client.run(run)
     rows = [own for own in store.client.checkpoints(row.name) if own.path.exists()]
@@ -310,12 +309,19 @@ def get_values(store: Here, run: RunName) -> ValuesView:
         if part.name in ("knobs", "optimizer", "scheduler")
         for path, value in part.values.items()
     }
-    for path in list(values):
-        if found := _OVERRIDE.fullmatch(path):
-            place, given = "{}/param_groups/{}/{}".format(*found.groups()), values.get(path.replace("/mode", "/value"))
+    return ValuesView(values={**values, **_overridden(values)}, checkpoint=rows[-1].hash, step=rows[-1].step)
+
+
+def _overridden(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of optimizers' groups that are not what the groups have: held ones, and factors of it (`state.knobs`)."""
+    found = {}
+    for path, mode in values.items():
+        if override := _OVERRIDE.fullmatch(path):
+            place = "{}/param_groups/{}/{}".format(*override.groups())
+            given = values.get(path.removesuffix("mode") + "value")
             if place in values and given is not None:
-                values[place] = values[place] * given if values[path] == "factor" else given
-    return ValuesView(values=values, checkpoint=rows[-1].hash, step=rows[-1].step)
+                found[place] = values[place] * given if mode == "factor" else given
+    return found
 
 
 def _subset(manifest: Manifest | None) -> SubsetView | None:

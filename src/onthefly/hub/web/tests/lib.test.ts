@@ -118,6 +118,8 @@ describe('curves', () => {
     expect(xRange(null, null, null)).toEqual([0, 1])
     expect(xRange(null, [7, 7], null)).toEqual([6, 8])
     expect(xRange([2, 4], [0, 9], null)).toEqual([2, 4])
+    const [from, to] = xRange(null, [1e17, 1e17], null)
+    expect(to - from).toBeGreaterThan(1e4)
   })
 
   it('begins no axis of logarithms at zero', () => {

@@ -115,8 +115,11 @@ export function xRange(
     from = Math.max(from, least)
     to = Math.max(to, zoom ? from : 10)
   }
-  if (to - from > NARROWEST * Math.max(Math.abs(from), Math.abs(to))) return [from, to]
-  return least === null ? [from - 1, to + 1] : [from / 2, from * 2]
+  const narrowest = NARROWEST * Math.max(Math.abs(from), Math.abs(to))
+  if (to - from > narrowest) return [from, to]
+  if (least !== null) return [from / 2, from * 2]
+  const pad = Math.max(1, narrowest)
+  return [from - pad, to + pad]
 }
 
 export type Point = [number, number]
