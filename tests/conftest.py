@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # The processes that share the tests between them must choose the same random ones.
 os.environ.setdefault("ONTHEFLY_SEED", str(random.randrange(10**6)))
@@ -63,5 +64,9 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
 
+
+# A machine that is busy for a moment is no failure: no example has a time that it must keep.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 os.environ.pop("ONTHEFLY_STORE", None)  # a developer's own store is no business of the tests
